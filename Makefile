@@ -1,0 +1,40 @@
+# `make demo` and `make test` each need nothing but Python and this folder; `make help` lists everything.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+DEMO := runs/demo
+
+.PHONY: help demo clean-demo test
+
+help:
+	@echo "make demo        train a teacher and its Mamba students on the digits, on the CPU"
+	@echo "make clean-demo  remove what the demo made"
+	@echo "make test        lint, types and tests"
+	@echo
+	@echo "Both first install the package into .venv. Variables, for example:"
+	@echo "  make demo PYTHON=python3.12"
+	@echo "  make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   the small, CPU-only torch on Linux"
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(addprefix --extra-index-url ,$(TORCH_INDEX_URL)) -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	@if [ -e $(DEMO) ]; then \
+		echo "$(DEMO) exists already. See it: $(BIN)/mamba-pkd report $(DEMO). Start anew: make clean-demo demo"; \
+	else \
+		set -ex; \
+		$(BIN)/mamba-pkd train --config yaml_configs/digits/teacher.yaml --device cpu --output $(DEMO)/teacher; \
+		$(BIN)/mamba-pkd train --config yaml_configs/digits/progressive.yaml --device cpu --output $(DEMO); \
+	fi
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest

@@ -1,0 +1,49 @@
+"""The ``mamba-pkd`` command: ``train``, ``evaluate``, ``report``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from timm_mamba_pkd import runner
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags that torchdistill's example scripts have keep their names."""
+    parser = argparse.ArgumentParser(
+        prog="mamba-pkd", description="Progressive distillation of any timm or torchdistill model into Mamba students."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("--config", required=True, help="yaml file path")
+    run.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
+    run.add_argument("--run_log", help="log file path (default: log.txt in the output folder)")
+    run.add_argument("--seed", type=int, default=42, help="seed in random number generator (default: 42)")
+    run.add_argument("-disable_cudnn_benchmark", action="store_true", help="disable torch.backend.cudnn.benchmark")
+    run.add_argument("-student_only", action="store_true", help="test the student model only")
+    run.add_argument("-log_config", action="store_true", help="log config")
+    run.add_argument("--amp", action="store_true", help="bfloat16 autocast (also: amp: True under train in the config)")
+    run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
+    run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
+
+    train = commands.add_parser("train", parents=[run], help="train a config's model, or distil its students")
+    train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
+    train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
+    evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
+    evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
+    evaluate.set_defaults(action=runner.run_evaluate)
+    report = commands.add_parser("report", help="print a run's table and draw its plots again")
+    report.add_argument("output", type=Path, help="folder of the run")
+    report.set_defaults(action=runner.run_report)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; a user's error is one line on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.action(args)
+    except (runner.ConfigError, FloatingPointError) as error:
+        print(f"mamba-pkd: error: {error}", file=sys.stderr)
+        return 2
+    return 0

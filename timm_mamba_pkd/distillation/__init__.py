@@ -1,0 +1,13 @@
+"""The progressive schedule in torchdistill's terms; importing this package fills torchdistill's registries."""
+
+from torchdistill.models.registry import register_model
+
+from timm_mamba_pkd.distillation.bridges import build_model, unknown_name
+from timm_mamba_pkd.distillation.progressive import progressive
+from timm_mamba_pkd.distillation.rules import RULES
+from timm_mamba_pkd.distillation.stage import StageWrapper
+from timm_mamba_pkd.models import mamba_pkd_ensemble
+
+register_model(mamba_pkd_ensemble)
+
+__all__ = ["RULES", "StageWrapper", "build_model", "progressive", "unknown_name"]

@@ -1,0 +1,91 @@
+"""Bridges from torchdistill's registries to timm: models and optimizers by their timm names."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torchdistill.models.official import get_image_classification_model
+from torchdistill.models.registry import MODEL_DICT, get_model, register_model
+from torchdistill.optim.registry import register_optimizer
+
+from timm_mamba_pkd.models.weights import load_weights
+
+
+@register_model(key="mamba_pkd_timm_model")
+def timm_model(model_name: str, small_stem: bool = False, **kwargs: Any) -> nn.Module:
+    """Any timm model for a torchdistill YAML: ``key: mamba_pkd_timm_model``, ``kwargs: {model_name: resnet18, ...}``.
+
+    A key of its own is needed because torchdistill looks names up in torchvision first.
+
+    Args:
+        model_name: name in timm's registry.
+        small_stem: replace a ResNet's 7x7 stride-2 stem and max-pool by a 3x3 stride-1 convolution, the usual stem
+            for images of 64 pixels or less.
+        **kwargs: passed to ``timm.create_model``.
+    """
+    if not timm.is_model(model_name):
+        raise ValueError(unknown_name("timm model", model_name, timm.list_models()))
+    model = timm.create_model(model_name, **kwargs)
+    if small_stem:
+        conv = getattr(model, "conv1", None)
+        if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
+            raise ValueError(f"small_stem needs a timm ResNet with a single stem convolution, not {model_name}")
+        model.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+@register_optimizer(key="mamba_pkd_adamw")
+def adamw_without_state_space_decay(
+    params: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.05, **kwargs: Any
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: no vectors (biases, norms) and no state space parameters (A_log, D, dt bias).
+
+    It is timm's rule for weight decay, for torchdistill, which hands optimizers nameless parameters.
+    """
+    params = list(params)
+    undecayed = [p for p in params if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
+    skipped = set(map(id, undecayed))
+    groups = [
+        {"params": [p for p in params if id(p) not in skipped], "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, **kwargs)
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """Build a model from its entry in a torchdistill config (``key``, ``kwargs``, ``src_ckpt``).
+
+    Raises:
+        ValueError: the key is unknown, the arguments do not fit, or ``src_ckpt`` is missing or of another model.
+    """
+    key, kwargs, repo = config["key"], config.get("kwargs") or {}, config.get("repo_or_dir")
+    try:
+        model = get_image_classification_model({**config, "kwargs": kwargs})
+        if model is None:
+            if repo is None and key not in MODEL_DICT:
+                raise ValueError(unknown_name("model", key, MODEL_DICT))
+            model = get_model(key, repo, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"model {key} does not take these kwargs: {error}") from error
+    source = config.get("src_ckpt")
+    if source is not None:
+        if str(source).startswith(("http://", "https://")):
+            source = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
+            source.parent.mkdir(parents=True, exist_ok=True)
+            if not source.is_file():
+                torch.hub.download_url_to_file(str(config["src_ckpt"]), str(source))
+        load_weights(model, source)
+    return model
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """One line that says ``name`` is unknown and which known names are nearest (all, when they are few)."""
+    known = sorted(known)
+    near = known if len(known) <= 12 else difflib.get_close_matches(str(name), known, n=5, cutoff=0.5)
+    return f"unknown {what} '{name}'" + (f"; known: {', '.join(near)}" if near else "")

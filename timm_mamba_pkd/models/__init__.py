@@ -1,0 +1,16 @@
+"""Students and their ensemble, registered with timm when this package is imported."""
+
+from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble, mamba_pkd_ensemble
+from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD
+from timm_mamba_pkd.models.weights import WeightsError, load_weights, save_checkpoint, save_weights
+
+__all__ = [
+    "STUDENTS",
+    "MambaPKD",
+    "MambaPKDEnsemble",
+    "WeightsError",
+    "load_weights",
+    "mamba_pkd_ensemble",
+    "save_checkpoint",
+    "save_weights",
+]

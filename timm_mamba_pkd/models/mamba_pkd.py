@@ -1,0 +1,313 @@
+"""Mamba students s1 (smallest) to s7 (largest) for progressive distillation, in timm's dialect.
+
+Paper: Mamba-PKD, https://arxiv.org/abs/2503.01727. Its architecture is not public; this one is ours: a stride-2
+convolutional stem made for images of 28 to 64 pixels, inverted residuals on the finest grid, and bidirectional Mamba
+blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from timm_mamba_pkd.layers import ConvNorm, Downsample, InvertedResidual, Mamba, MambaBlock
+
+__all__ = ["MambaPKD"]
+
+MIN_IMG_SIZE = 8
+
+
+@dataclass(frozen=True)
+class StudentCfg:
+    """Architecture of a student: widths and depths of the stages on 1/2, 1/4 and 1/8 of the image's grid."""
+
+    dims: tuple[int, int, int]
+    depths: tuple[int, int, int]
+    d_state: int = 4
+    expand: float = 1.0
+    mlp_ratio: float = 2.0
+
+
+STUDENTS = {
+    "mamba_pkd_s1": StudentCfg(dims=(12, 24, 32), depths=(1, 1, 1)),
+    "mamba_pkd_s2": StudentCfg(dims=(16, 32, 64), depths=(1, 1, 2)),
+    "mamba_pkd_s3": StudentCfg(dims=(20, 48, 80), depths=(1, 2, 2)),
+    "mamba_pkd_s4": StudentCfg(dims=(28, 56, 96), depths=(1, 3, 3)),
+    "mamba_pkd_s5": StudentCfg(dims=(40, 72, 128), depths=(2, 3, 3)),
+    "mamba_pkd_s6": StudentCfg(dims=(48, 80, 120), depths=(2, 4, 4)),
+    "mamba_pkd_s7": StudentCfg(dims=(44, 96, 144), depths=(2, 5, 4)),
+}
+
+
+class Stage(nn.Module):
+    """Downsampling (all stages but the first) and blocks: (B, H, W, C) in, (B, H', W', C') out."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        downsample: bool,
+        blocks: list[nn.Module],
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = Downsample(in_dim, dim, device=device, dtype=dtype) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class MambaPKD(nn.Module):
+    """A Mamba student for small images: (B, in_chans, H, W) in, logits (B, num_classes) out, for any H, W >= 8.
+
+    Args:
+        cfg: widths and depths.
+        img_size: image size the model is made for, (height, width) or one number; other sizes work as well.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: timm's meanings.
+    """
+
+    def __init__(
+        self,
+        cfg: StudentCfg,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.set_input_size(img_size)
+
+        self.stem = ConvNorm(in_chans, cfg.dims[0], 3, stride=2, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
+        self.stages = nn.Sequential()
+        self.feature_info: list[dict[str, Any]] = []
+        in_dim = cfg.dims[0]
+        for i, (dim, stage_rates) in enumerate(zip(cfg.dims, rates, strict=True)):
+            blocks: list[nn.Module] = [
+                MambaBlock(dim, cfg.d_state, cfg.expand, cfg.mlp_ratio, drop_path=rate, **dd)
+                if i
+                else InvertedResidual(dim, drop_path=rate, **dd)
+                for rate in stage_rates
+            ]
+            self.stages.append(Stage(in_dim, dim, downsample=i > 0, blocks=blocks, **dd))
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
+            in_dim = dim
+
+        self.norm = nn.LayerNorm(in_dim, **dd)
+        self.head = ClassifierHead(
+            in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
+        )
+        self.num_features = self.head_hidden_size = in_dim
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Reset every parameter and buffer, reproducibly from torch's seed."""
+        for module in self.modules():
+            if isinstance(module, (Mamba, nn.BatchNorm2d, nn.LayerNorm)):
+                module.reset_parameters()
+        mixers = {id(part) for module in self.modules() if isinstance(module, Mamba) for part in module.modules()}
+        for module in self.modules():
+            if id(module) in mixers:
+                continue
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                module.weight.data.mul_(module.groups**0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Set the image size the model is made for; every size from 8 up works, none changes a parameter."""
+        size = to_2tuple(img_size)
+        if min(size) < MIN_IMG_SIZE:
+            raise ValueError(
+                f"img_size must be at least {MIN_IMG_SIZE} (the network halves the grid three times), got {img_size}"
+            )
+        self.img_size: tuple[int, int] = size
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the stages, as in timm: (final features, intermediates) or the intermediates only.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to take: the last n if an int, all if None.
+            norm: apply the final norm to the last stage's intermediate.
+            stop_early: skip the stages after the last one taken.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: do not return the final features.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > last:
+                break
+            x = stage(x)
+            if i in take:
+                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages (and head) that the given intermediates do not need; returns the stages kept."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if shorter:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised features of the last stage: (B, ceil(H / 8), ceil(W / 8), C)."""
+        x = self.stem(x).permute(0, 2, 3, 1)
+        return self.norm(self.stages(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Native weights, bare or under torchdistill's ``model`` key."""
+    return state_dict.get("model", state_dict)
+
+
+def cfg(**kwargs: Any) -> dict[str, Any]:
+    """timm's default_cfg of a model made for 32x32 images."""
+    return {
+        "num_classes": 1000, "input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0,
+        "interpolation": "bilinear", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv", "classifier": "head.fc", "license": "mit", "min_input_size": (3, 8, 8),
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": cfg() for name in STUDENTS})
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaPKD:
+    return build_model_with_cfg(
+        MambaPKD,
+        variant,
+        pretrained,
+        model_cfg=STUDENTS[variant],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def mamba_pkd_s1(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s1: at most 1.0 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s1", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s2(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s2: at most 2.5 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s2", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s3(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s3: at most 5.5 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s3", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s4(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s4: at most 10.9 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s4", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s5(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s5: at most 20 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s5", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s6(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s6: at most 28 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s6", pretrained, **kwargs)
+
+
+@register_model
+def mamba_pkd_s7(pretrained: bool = False, **kwargs: Any) -> MambaPKD:
+    """Mamba student s7: at most 40.8 M multiply-accumulates on a 3x32x32 image."""
+    return _create("mamba_pkd_s7", pretrained, **kwargs)

@@ -1,0 +1,92 @@
+"""Reading and writing of model weights: safetensors out; safetensors or ``weights_only`` torch files in."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """A weights file that is missing, damaged, or made for another model."""
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write ``model``'s state dict as safetensors, atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    partial = path.with_name(path.name + ".part")
+    save_file(state, partial)
+    os.replace(partial, path)
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Write ``{"model": state_dict}`` as torch file, atomically: what torchdistill's ``load_ckpt`` reads."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save({"model": model.state_dict()}, partial)
+    os.replace(partial, path)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors file or a torch file; nothing in the file is executed.
+
+    Torch files may hold the state dict itself or carry it under ``model`` (torchdistill) or ``state_dict`` (timm).
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds no state dict.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # torchdistill's checkpoints carry the command line's Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle provokes
+        raise WeightsError(f"weights file {path} is not a plain state dict and was not loaded") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
+    return dict(content)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights at ``path`` into ``model``, all of them or none.
+
+    Raises:
+        WeightsError: as `read_weights`, or the file belongs to another architecture or class count; the message
+            names the first keys that differ.
+    """
+    found = read_weights(path)
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if missing or unexpected or reshaped:
+        differences = [
+            f"{label} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for label, names in (("missing", missing), ("unexpected", unexpected), ("shape of", reshaped))
+            if names
+        ]
+        raise WeightsError(
+            f"weights file {path} is of another model than {type(model).__name__}: {'; '.join(differences)}"
+        )
+    model.load_state_dict(found)

@@ -1,0 +1,191 @@
+"""The selective scan as a PyTorch operator: the backend table, the dispatcher registration and the public function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from timm_mamba_pkd.ops import parallel
+from timm_mamba_pkd.ops.contract import check_arguments
+from timm_mamba_pkd.ops.reference import selective_scan_reference
+
+
+class Backend(NamedTuple):
+    """An implementation of the scan. Its arguments are checked, not empty, of any strides and mixed floating dtypes.
+
+    forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) returns y like ``torch.empty_like(u)``.
+    backward(dy, *arguments of forward) returns the gradients of the eight tensors, each like ``torch.empty_like`` of
+    its tensor, None for an absent one.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., list[Tensor | None]]
+
+
+BACKENDS: dict[str, Backend] = {
+    "parallel": Backend(parallel.forward, parallel.backward),
+}
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective state space recurrence S6 of Mamba (Gu and Dao, 2023, arXiv:2312.00752); mamba-ssm's selective_scan_fn.
+
+    With delta = softplus(delta + delta_bias), per batch element, channel d and state n::
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        h_0 = 0
+        y_t = (sum over n of C_t h_t + D u_t) * silu(z_t)
+
+    Args:
+        u: Input, (batch, channels, length). Like every tensor here: float, of any strides; dtypes may differ.
+        delta: Step size, (batch, channels, length).
+        A: State matrix, real and diagonal, (channels, states); negative for a state that decays.
+        B: Input matrix, (batch, states, length).
+        C: Output matrix, (batch, states, length).
+        D: Skip connection, (channels,).
+        z: Gate, (batch, channels, length).
+        delta_bias: Added to delta, (channels,).
+        delta_softplus: Pass delta (with its bias) through softplus.
+        reverse: Run time backwards, as if all inputs and the output were flipped along the length.
+        backend: "auto", "reference" or a key of ``BACKENDS``. The reference is differentiated by autograd and is
+            neither FX-traceable nor counted by FLOP counters; all others are one operator.
+
+    Returns:
+        y, (batch, channels, length), in the dtype of u. The arithmetic is float32, or float64 if one of
+        u, delta, A, B, C is; never less under autocast.
+
+    Raises:
+        ValueError: Unknown backend, or an argument of the wrong shape, dtype or device.
+    """
+    if backend == "reference":
+        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    return torch.ops.timm_mamba_pkd.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
+    )
+
+
+@torch.library.custom_op("timm_mamba_pkd::selective_scan", mutates_args=())
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    chosen = _resolve(backend)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    if u.numel() == 0:
+        return torch.empty_like(u)
+    with torch.autocast(u.device.type, enabled=False):
+        return chosen.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+
+
+@_forward.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    _resolve(backend)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    return torch.empty_like(u)
+
+
+@torch.library.custom_op("timm_mamba_pkd::selective_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    if u.numel() == 0:
+        return [torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+    with torch.autocast(u.device.type, enabled=False):
+        grads = _resolve(backend).backward(dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    return [grad for grad in grads if grad is not None]
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+
+
+def _resolve(backend: str) -> Backend:
+    name = "parallel" if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {['auto', 'reference', *BACKENDS]}")
+    return BACKENDS[name]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    grads = iter(torch.ops.timm_mamba_pkd.selective_scan_backward(dy, *ctx.saved_tensors, *ctx.options))
+    return (*(None if t is None else next(grads) for t in ctx.saved_tensors), *(None for _ in ctx.options))
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula([torch.ops.timm_mamba_pkd.selective_scan])
+def _forward_flops(u: list[int], delta: list[int], A: list[int], *args: Any, **kwargs: Any) -> int:
+    """VMamba's count (arXiv:2401.10166), whatever the backend and options. Multiply-accumulates are half of it."""
+    batch, channels, length = u
+    return 9 * batch * length * channels * A[1] + 2 * batch * length * channels
+
+
+@register_flop_formula([torch.ops.timm_mamba_pkd.selective_scan_backward])
+def _backward_flops(dy: list[int], u: list[int], delta: list[int], A: list[int], *args: Any, **kwargs: Any) -> int:
+    """Twice the forward, the usual convention: one more product for each of the two factors of a product."""
+    return 2 * _forward_flops(u, delta, A)

@@ -1,0 +1,23 @@
+"""Reports: what a model costs, tables of results, and plots."""
+
+from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency
+from timm_mamba_pkd.report.folder import write_report
+from timm_mamba_pkd.report.metrics import read_metrics
+from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
+from timm_mamba_pkd.report.table import COLUMNS, Row, read_csv, to_markdown, to_text, write_csv
+
+__all__ = [
+    "COLUMNS",
+    "Row",
+    "count_macs",
+    "count_params",
+    "measure_latency",
+    "plot_accuracy_against_macs",
+    "plot_curves",
+    "read_csv",
+    "read_metrics",
+    "to_markdown",
+    "to_text",
+    "write_csv",
+    "write_report",
+]

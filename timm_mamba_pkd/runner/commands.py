@@ -1,0 +1,104 @@
+"""What the subcommands of ``mamba-pkd`` do."""
+
+import argparse
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torchdistill.common.main_util import set_seed
+from torchdistill.misc.log import set_basic_log_config, setup_log_file
+
+from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.report import read_csv, to_text
+from timm_mamba_pkd.runner.config import ConfigError, Job, prepare
+from timm_mamba_pkd.runner.results import measure, report
+from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.train import train
+
+logger = logging.getLogger(__name__)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """``mamba-pkd train``: prepare, train, test, report."""
+    run = _run_folder(args)
+    run.require_free()
+    device, job, amp = _set_up(args)
+    destination = job.student_config.get("dst_ckpt")
+    if destination is not None and Path(destination).expanduser().exists():
+        raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
+    run.create(args.config)
+    setup_log_file(str(args.run_log or run.log))
+    if args.log_config:
+        logger.info(job.config)
+    train(job, run, device, amp)
+    _test_and_report(args, job, run, device, amp)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights and report."""
+    run = _run_folder(args)
+    device, job, amp = _set_up(args)
+    checkpoint = getattr(args, "checkpoint", None) or _trained_weights(job, run)
+    try:
+        load_weights(job.student, checkpoint)
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+    if args.run_log:
+        setup_log_file(args.run_log)
+    _test_and_report(args, job, run, device, amp)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """``mamba-pkd report``: print the table of a finished run."""
+    results = args.output / "results.csv"
+    if not results.is_file():
+        raise ConfigError(f"{args.output} holds no finished run (no results.csv): train one with: mamba-pkd train")
+    try:
+        rows = read_csv(results)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(to_text(rows))
+
+
+def _run_folder(args: argparse.Namespace) -> RunFolder:
+    return RunFolder(args.output or Path("runs") / Path(args.config).stem)
+
+
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
+    """Seed, device, and the job of the config; whether to use autocast."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
+    set_basic_log_config()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {args.device} was asked for, but torch sees no GPU: use --device cpu")
+    torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
+    set_seed(args.seed)
+    job = prepare(args.config, device)
+    if args.channels_last:
+        for model in (job.teacher, job.student):
+            if model is not None:
+                model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return device, job, args.amp or bool(job.config["train"].get("amp"))
+
+
+def _trained_weights(job: Job, run: RunFolder) -> Path:
+    """Where a finished run left its model: the run's folder, or ``dst_ckpt`` of the config."""
+    saved = run.weights("ensemble" if isinstance(job.student, MambaPKDEnsemble) else "model")
+    destination = job.student_config.get("dst_ckpt")
+    if not saved.exists() and destination is not None and Path(destination).expanduser().exists():
+        return Path(destination)
+    return saved
+
+
+def _test_and_report(args: argparse.Namespace, job: Job, run: RunFolder, device: torch.device, amp: bool) -> None:
+    rows = measure(job, device, amp, args.student_only)
+    print(to_text(rows))
+    if getattr(args, "checkpoint", None) is None and run.config.exists():
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        report(rows, run, f"{name} ({platform.machine()})", args.seed)
+        print(f"\nReport: {run.path}/results.md, results.csv, accuracy_macs.png, curves.png")

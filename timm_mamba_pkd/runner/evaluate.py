@@ -1,0 +1,53 @@
+"""Accuracy of classifiers, and of every student and every partial ensemble in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.progress import progress
+
+
+def count_correct(logits: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:
+    """How many of the targets (B,) are among the k largest logits (..., B, C), for each k: (..., len(topk)) int64."""
+    ranked = logits.topk(max(topk), dim=-1).indices
+    hits = ranked == targets[:, None]
+    return torch.stack([hits[..., :k].any(-1).sum(-1) for k in topk], dim=-1)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, device: torch.device, topk: Sequence[int], amp: bool = False, title: str = ""
+) -> list[float]:
+    """Top-k accuracies of ``model`` in percent, in the order of ``topk``. The model is left in its mode."""
+    correct, total = torch.zeros(len(topk), dtype=torch.int64), 0
+    was_training = model.training
+    model.eval()
+    for images, targets in progress(loader, title):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images.to(device))
+        correct += count_correct(logits.float(), targets.to(device), topk).cpu()
+        total += len(targets)
+    model.train(was_training)
+    return (100 * correct / total).tolist()
+
+
+@torch.inference_mode()
+def evaluate_ensemble(
+    ensemble: MambaPKDEnsemble, loader: DataLoader, device: torch.device, amp: bool = False, title: str = ""
+) -> tuple[list[float], list[float]]:
+    """Top-1 of each active student alone, and of the ensemble after k students for every k, in percent."""
+    correct, total = torch.zeros(2, int(ensemble.num_active), dtype=torch.int64), 0
+    was_training = ensemble.training
+    ensemble.eval()
+    for images, targets in progress(loader, title):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            students = ensemble.student_logits(images.to(device))
+        both = torch.stack([students, ensemble.combine(students)]).float()
+        correct += count_correct(both, targets.to(device), (1,))[..., 0].cpu()
+        total += len(targets)
+    ensemble.train(was_training)
+    alone, together = (100 * correct / total).tolist()
+    return alone, together

@@ -1,0 +1,120 @@
+"""``mamba-pkd train``: torchdistill's stock boxes, driven over all epochs of all stages of a config."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchdistill.core.distillation import DistillationBox, get_distillation_box
+from torchdistill.core.training import TrainingBox, get_training_box
+
+from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
+from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
+from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def train(job: Job, run: RunFolder, device: torch.device, amp: bool = False) -> None:
+    """Train every stage of ``job`` and leave metrics and weights in ``run``.
+
+    Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
+    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in torchdistill's format.
+
+    Raises:
+        ConfigError: torchdistill refuses the train section.
+        FloatingPointError: the loss is not finite.
+    """
+    if amp:
+        _keep_logits_in_float32(job)
+    box = _build_box(job, device)
+    started = time.perf_counter()
+    for epoch in range(box.num_epochs):
+        stage = getattr(box, "stage_number", 1)
+        box.pre_epoch_process(epoch=epoch)
+        record = _train_one_epoch(box, device, amp, job.config["train"].get("log_freq", 1000), epoch)
+        record |= _validate(job, box, device, amp)
+        lr = box.optimizer.param_groups[0]["lr"]
+        run.log_metrics(stage=stage, epoch=epoch, lr=lr, **record)
+        alone = record["val_top1_student"]
+        logger.info(
+            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
+            stage, epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
+            record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
+        )  # fmt: skip
+        _save(job.student, run)
+        box.post_epoch_process()
+    box.clean_modules()
+    destination = job.student_config.get("dst_ckpt")
+    if destination is not None:
+        save_checkpoint(job.student, Path(destination).expanduser())
+    logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
+
+
+def _build_box(job: Job, device: torch.device) -> DistillationBox | TrainingBox:
+    arguments = (job.datasets, job.config["train"], device, None, False, 1)
+    try:
+        if job.teacher is None:
+            return get_training_box(job.student, *arguments)
+        return get_distillation_box(job.teacher, job.student, *arguments)
+    except KeyError as error:
+        raise ConfigError(f"train section: {error} is missing or unknown") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"train section: {error}") from error
+
+
+def _train_one_epoch(
+    box: DistillationBox | TrainingBox, device: torch.device, amp: bool, log_freq: int, epoch: int
+) -> dict[str, Any]:
+    loader: Any = box.train_data_loader
+    total_loss, samples, started = 0.0, 0, time.perf_counter()
+    bar = progress(loader, f"epoch {epoch + 1}/{box.num_epochs}")
+    for step, (images, targets, supp_dict) in enumerate(bar, start=1):
+        images, targets = images.to(device), targets.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = box.forward_process(images, targets, supp_dict)
+        value = loss.item()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss became {value} at epoch {epoch + 1}, step {step}: lower the lr")
+        box.post_forward_process(loss=loss)
+        total_loss += value * len(targets)
+        samples += len(targets)
+        if step % log_freq == 0:
+            rate = samples / (time.perf_counter() - started)
+            logger.info("epoch %d  step %d/%d  loss %.4f  %.0f images/s", epoch + 1, step, len(loader), value, rate)
+    seconds = time.perf_counter() - started
+    return {"loss": total_loss / samples, "img_per_s": samples / seconds, "seconds": seconds}
+
+
+def _validate(job: Job, box: DistillationBox | TrainingBox, device: torch.device, amp: bool) -> dict[str, Any]:
+    loader: Any = box.val_data_loader
+    if isinstance(job.student, MambaPKDEnsemble):
+        alone, together = evaluate_ensemble(job.student, loader, device, amp, "validation")
+        name = job.student.names[len(alone) - 1]
+        return {"student": name, "val_top1": together[-1], "val_top1_student": alone[-1]}
+    return {
+        "student": None,
+        "val_top1": evaluate(job.student, loader, device, (1,), amp, "validation")[0],
+        "val_top1_student": None,
+    }
+
+
+def _save(model: nn.Module, run: RunFolder) -> None:
+    """The whole model, and for an ensemble also the student in training, under its position and name."""
+    if isinstance(model, MambaPKDEnsemble):
+        k = int(model.num_active)
+        save_weights(model.students[k - 1], run.weights(f"{k}_{model.names[k - 1]}"))
+        save_weights(model, run.weights("ensemble"))
+    else:
+        save_weights(model, run.weights("model"))
+
+
+def _keep_logits_in_float32(job: Job) -> None:
+    """Losses see float32 logits under autocast, as in timm and accelerate."""
+    for model in (job.teacher, job.student):
+        if model is not None:
+            model.register_forward_hook(lambda module, args, output: output.float())
