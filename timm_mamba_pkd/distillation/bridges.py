@@ -66,7 +66,7 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     """
     key, kwargs, repo = config["key"], config.get("kwargs") or {}, config.get("repo_or_dir")
     try:
-        model = get_image_classification_model({**config, "kwargs": kwargs})
+        model: Any = get_image_classification_model({**config, "kwargs": kwargs})
         if model is None:
             if repo is None and key not in MODEL_DICT:
                 raise ValueError(unknown_name("model", key, MODEL_DICT))

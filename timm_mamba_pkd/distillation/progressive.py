@@ -21,6 +21,7 @@ def progressive(
     teacher: dict[str, Any] | None = None,
     student: dict[str, Any] | None = None,
     log_freq: int = 1000,
+    amp: bool = False,
 ) -> dict[str, Any]:
     """Expand a progressive schedule to the ``train`` section of a torchdistill config, ``stage1`` to ``stageN``.
 
@@ -36,6 +37,7 @@ def progressive(
         rule: name of the progressive rule (``independent``, ``residual``), or ``{key: name, kwargs: {...}}``. Its
             loss terms are added to ``criterion``'s ``sub_terms``.
         log_freq: steps between two log lines.
+        amp: train under bfloat16 autocast (read by the mamba-pkd command only).
 
     Raises:
         ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, or a teacher to be trained.
@@ -61,7 +63,7 @@ def progressive(
         "criterion": criterion,
     }
     stages = {f"stage{k}": _stage(template, chosen, k) for k in range(1, 1 + len(students))}
-    return {"log_freq": log_freq, **stages}
+    return {"log_freq": log_freq, "amp": amp, **stages}
 
 
 def _build_rule(rule: str | dict[str, Any]) -> Rule:

@@ -59,8 +59,9 @@ class MambaPKDEnsemble(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        self.students = nn.ModuleList(
-            create_model(name, **kwargs, **({"img_size": img_size} if name in STUDENTS else {})) for name in students
+        self.students: Any = nn.ModuleList(
+            create_model(name, **kwargs, **({"img_size": img_size} if name in STUDENTS else {}))  # pyright: ignore
+            for name in students
         )
         self.register_buffer("num_active", torch.tensor(len(self.students), device=device))
 
@@ -100,12 +101,12 @@ class MambaPKDEnsemble(nn.Module):
         for student in self.students:
             student.reset_classifier(num_classes, global_pool)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for student in self.students:
             student.set_grad_checkpointing(enable)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return {f"students.{i}.{name}" for i, student in enumerate(self.students) for name in student.no_weight_decay()}
 

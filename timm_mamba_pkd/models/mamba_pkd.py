@@ -101,8 +101,8 @@ class MambaPKD(nn.Module):
         self.set_input_size(img_size)
 
         self.stem = ConvNorm(in_chans, cfg.dims[0], 3, stride=2, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, cfg.depths, stagewise=True)
-        self.stages = nn.Sequential()
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
+        self.stages: Any = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         in_dim = cfg.dims[0]
         for i, (dim, stage_rates) in enumerate(zip(cfg.dims, rates, strict=True)):
@@ -142,18 +142,18 @@ class MambaPKD(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the image size the model is made for; every size from 8 up works, none changes a parameter."""
-        size = to_2tuple(img_size)
+        size: Any = to_2tuple(img_size)
         if min(size) < MIN_IMG_SIZE:
             raise ValueError(
                 f"img_size must be at least {MIN_IMG_SIZE} (the network halves the grid three times), got {img_size}"
             )
-        self.img_size: tuple[int, int] = size
+        self.img_size = size
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {
             "stem": r"^stem",
@@ -166,18 +166,19 @@ class MambaPKD(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd: Any = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
 
     def forward_intermediates(
         self,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from torchdistill.common.main_util import set_seed
-from torchdistill.misc.log import set_basic_log_config, setup_log_file
+from torchdistill.common.constant import LOGGING_FORMAT
+from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.report import read_csv, to_text
@@ -29,7 +30,7 @@ def run_train(args: argparse.Namespace) -> None:
     if destination is not None and Path(destination).expanduser().exists():
         raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
     run.create(args.config)
-    setup_log_file(str(args.run_log or run.log))
+    _log_to(args.run_log or run.log)
     if args.log_config:
         logger.info(job.config)
     train(job, run, device, amp)
@@ -46,7 +47,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     if args.run_log:
-        setup_log_file(args.run_log)
+        _log_to(args.run_log)
     _test_and_report(args, job, run, device, amp)
 
 
@@ -71,6 +72,8 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
     set_basic_log_config()
+    # It logs every object that a YAML file builds.
+    logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {args.device} was asked for, but torch sees no GPU: use --device cpu")
@@ -82,6 +85,15 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return device, job, args.amp or bool(job.config["train"].get("amp"))
+
+
+def _log_to(path: str | Path) -> None:
+    """Append all log lines to a file, too."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(LOGGING_FORMAT))
+    logging.getLogger().addHandler(handler)
 
 
 def _trained_weights(job: Job, run: RunFolder) -> Path:
@@ -97,8 +109,6 @@ def _test_and_report(args: argparse.Namespace, job: Job, run: RunFolder, device:
     rows = measure(job, device, amp, args.student_only)
     print(to_text(rows))
     if getattr(args, "checkpoint", None) is None and run.config.exists():
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-        report(rows, run, f"{name} ({platform.machine()})", args.seed)
+        cpu = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+        report(rows, run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, args.seed)
         print(f"\nReport: {run.path}/results.md, results.csv, accuracy_macs.png, curves.png")

@@ -138,8 +138,8 @@ def _loaders(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "test.test_data_loader", config["test"]["test_data_loader"]
 
 
-def _dataset(config: dict[str, Any], loader: dict[str, Any], where: str) -> Dataset:
-    dataset_id = loader.get("dataset_id")
+def _dataset(config: dict[str, Any], loader: dict[str, Any], where: str) -> Any:
+    dataset_id = str(loader.get("dataset_id"))
     if dataset_id not in config["datasets"]:
         raise ConfigError(f"{where}: {unknown_name('dataset_id', dataset_id, config['datasets'])}")
     dataset = config["datasets"][dataset_id]

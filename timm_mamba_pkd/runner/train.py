@@ -38,7 +38,7 @@ def train(job: Job, run: RunFolder, device: torch.device, amp: bool = False) -> 
         box.pre_epoch_process(epoch=epoch)
         record = _train_one_epoch(box, device, amp, job.config["train"].get("log_freq", 1000), epoch)
         record |= _validate(job, box, device, amp)
-        lr = box.optimizer.param_groups[0]["lr"]
+        lr = box.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportOptionalMemberAccess]
         run.log_metrics(stage=stage, epoch=epoch, lr=lr, **record)
         alone = record["val_top1_student"]
         logger.info(
