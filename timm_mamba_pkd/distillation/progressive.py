@@ -40,15 +40,18 @@ def progressive(
         amp: train under bfloat16 autocast (read by the mamba-pkd command only).
 
     Raises:
-        ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, or a teacher to be trained.
+        ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, a teacher to be trained, an
+            auxiliary wrapper for the student, or a criterion without terms or with one that the rule adds.
     """
     if isinstance(students, str) or not students:
         raise ValueError(f"progressive: students must be a list of at least one name, got {students!r}")
-    if num_epochs < 1:
-        raise ValueError(f"progressive: num_epochs must be at least 1, got {num_epochs}")
+    if not isinstance(num_epochs, int) or num_epochs < 1:
+        raise ValueError(f"progressive: num_epochs must be an integer of at least 1, got {num_epochs!r}")
     if (teacher or {}).get("requires_grad"):
         raise ValueError("progressive: the teacher stays frozen; remove teacher.requires_grad")
-    if "sub_terms" not in (criterion.get("kwargs") or {}):
+    if "auxiliary_model_wrapper" in (student or {}):
+        raise ValueError("progressive: student.auxiliary_model_wrapper is the schedule's own; remove it")
+    if not isinstance((criterion.get("kwargs") or {}).get("sub_terms"), dict):
         raise ValueError("progressive: criterion needs kwargs.sub_terms, as torchdistill's WeightedSumLoss has")
     chosen = _build_rule(rule)
     template = {
@@ -67,7 +70,10 @@ def progressive(
 
 
 def _build_rule(rule: str | dict[str, Any]) -> Rule:
-    name, kwargs = (rule, {}) if isinstance(rule, str) else (rule.get("key", ""), rule.get("kwargs") or {})
+    config: dict[str, Any] = {"key": rule} if isinstance(rule, str) else rule
+    if not isinstance(config, dict) or not {"key"} <= set(config) <= {"key", "kwargs"}:
+        raise ValueError(f"progressive: rule must be a name or {{key: name, kwargs: {{...}}}}, got {rule!r}")
+    name, kwargs = config["key"], config.get("kwargs") or {}
     if name not in RULES:
         raise ValueError(unknown_name("rule", name, RULES))
     try:
@@ -86,5 +92,11 @@ def _stage(template: dict[str, Any], rule: Rule, k: int) -> dict[str, Any]:
     if rule.sees_earlier and k > 1:
         hooks = student.setdefault("forward_hook", {})
         hooks["output"] = [*(hooks.get("output") or []), Rule.EARLIER]
-    stage["criterion"]["kwargs"]["sub_terms"].update(rule.loss_terms(k))
+    terms, added = stage["criterion"]["kwargs"]["sub_terms"], rule.loss_terms(k)
+    taken = sorted(set(terms) & set(added))
+    if taken:
+        raise ValueError(f"progressive: the rule adds a term '{taken[0]}': give yours in criterion another name")
+    terms.update(added)
+    if not terms:
+        raise ValueError("progressive: criterion has no sub_terms and the rule adds none: there is nothing to learn")
     return stage

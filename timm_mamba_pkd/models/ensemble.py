@@ -18,7 +18,7 @@ class MambaPKDEnsemble(nn.Module):
     The prediction after k students is the mean of their logits (B-DISTIL, arXiv 2302.10093, step 5).
 
     Args:
-        students: names in timm's registry, in the order of evaluation; the same name may occur more than once.
+        students: names of ours or of any other timm models, in the order of evaluation; they may repeat.
         num_classes, in_chans: of every student.
         img_size: image size the students are made for, (height, width) or one number.
         drop_rate, drop_path_rate: of every student.
@@ -54,15 +54,15 @@ class MambaPKDEnsemble(nn.Module):
         kwargs: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
-            "drop_rate": drop_rate,
-            "drop_path_rate": drop_path_rate,
+            "drop_rate": drop_rate or None,  # None is not passed on: not every timm model has drop paths
+            "drop_path_rate": drop_path_rate or None,
             "device": device,
             "dtype": dtype,
         }
-        self.students: Any = nn.ModuleList(
-            create_model(name, **kwargs, **({"img_size": img_size} if name in STUDENTS else {}))  # pyright: ignore
-            for name in students
-        )
+        self.students: Any = nn.ModuleList(create_model(name, **kwargs) for name in students)
+        for student in self.students:
+            if hasattr(student, "set_input_size"):
+                student.set_input_size(img_size=img_size)
         self.register_buffer("num_active", torch.tensor(len(self.students), device=device))
 
     def set_active(self, k: int) -> None:
@@ -108,10 +108,15 @@ class MambaPKDEnsemble(nn.Module):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        return {f"students.{i}.{name}" for i, student in enumerate(self.students) for name in student.no_weight_decay()}
+        return {
+            f"students.{i}.{name}"
+            for i, student in enumerate(self.students)
+            if hasattr(student, "no_weight_decay")
+            for name in student.no_weight_decay()
+        }
 
 
-default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(classifier=())})
+default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})
 
 
 @register_model

@@ -15,11 +15,9 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_mamba_pkd.layers import ConvNorm, Downsample, InvertedResidual, Mamba, MambaBlock
+from timm_mamba_pkd.layers import Downsample, InvertedResidual, Mamba, MambaBlock
 
 __all__ = ["MambaPKD"]
-
-MIN_IMG_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,22 @@ STUDENTS = {
     "mamba_pkd_s6": StudentCfg(dims=(48, 80, 120), depths=(2, 4, 4)),
     "mamba_pkd_s7": StudentCfg(dims=(44, 96, 144), depths=(2, 5, 4)),
 }
+
+
+class Stem(nn.Module):
+    """Convolution of stride 2: images (B, in_chans, H, W) in, (B, ceil(H / 2), ceil(W / 2), C) out."""
+
+    def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[-2] >= 8, "images must be at least 8 pixels high")
+        torch._assert(x.shape[-1] >= 8, "images must be at least 8 pixels wide")
+        return self.act(self.norm(self.conv(x))).permute(0, 2, 3, 1)
 
 
 class Stage(nn.Module):
@@ -98,9 +112,10 @@ class MambaPKD(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
         self.set_input_size(img_size)
 
-        self.stem = ConvNorm(in_chans, cfg.dims[0], 3, stride=2, **dd)
+        self.stem = Stem(in_chans, cfg.dims[0], **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
         self.stages: Any = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
@@ -120,7 +135,8 @@ class MambaPKD(nn.Module):
         self.head = ClassifierHead(
             in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
         )
-        self.num_features = self.head_hidden_size = in_dim
+        self.num_features = in_dim
+        self.head_hidden_size = self.head.num_features
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -143,15 +159,18 @@ class MambaPKD(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the image size the model is made for; every size from 8 up works, none changes a parameter."""
         size: Any = to_2tuple(img_size)
-        if min(size) < MIN_IMG_SIZE:
-            raise ValueError(
-                f"img_size must be at least {MIN_IMG_SIZE} (the network halves the grid three times), got {img_size}"
-            )
+        if min(size) < 8:
+            raise ValueError(f"img_size must be at least 8 (the network halves the grid three times), got {img_size}")
         self.img_size = size
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        return {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, Mamba)
+            for name in ("A_log", "D", "dt_proj.bias")
+        }
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -179,6 +198,7 @@ class MambaPKD(nn.Module):
         self.num_classes = num_classes
         dd: Any = get_device_dtype(self)
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self,
@@ -202,18 +222,20 @@ class MambaPKD(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")
         take, last = feature_take_indices(len(self.stages), indices)
+        final = len(self.stages) - 1
+        if not stop_early:
+            last = final
         intermediates = []
-        x = self.stem(x).permute(0, 2, 3, 1)
+        x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
-            x = stage(x)
+            if i <= last:
+                x = stage(x)
             if i in take:
-                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                y = self.norm(x) if norm and i == final else x
                 intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return intermediates
-        return self.norm(x), intermediates
+        return (self.norm(x) if last == final else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -225,15 +247,14 @@ class MambaPKD(nn.Module):
         if prune_norm or shorter:
             self.norm = nn.Identity()
         if shorter:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised features of the last stage: (B, ceil(H / 8), ceil(W / 8), C)."""
-        x = self.stem(x).permute(0, 2, 3, 1)
-        return self.norm(self.stages(x))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
@@ -267,7 +288,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaPKD:
         pretrained,
         model_cfg=STUDENTS[variant],
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
+        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 

@@ -19,7 +19,10 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write ``model``'s state dict as safetensors, atomically: a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
     partial = path.with_name(path.name + ".part")
     save_file(state, partial)
     os.replace(partial, path)
@@ -44,7 +47,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist")
+        raise WeightsError(f"weights file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -52,14 +55,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"weights file {path} cannot be read: {reason}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle provokes
         raise WeightsError(f"weights file {path} is not a plain state dict and was not loaded") from error
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
     return dict(content)
 

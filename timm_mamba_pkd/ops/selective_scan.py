@@ -171,8 +171,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = iter(torch.ops.timm_mamba_pkd.selective_scan_backward(dy, *ctx.saved_tensors, *ctx.options))
-    return (*(None if t is None else next(grads) for t in ctx.saved_tensors), *(None for _ in ctx.options))
+    saved = ctx.saved_tensors  # activation checkpointing allows one look
+    grads = iter(torch.ops.timm_mamba_pkd.selective_scan_backward(dy, *saved, *ctx.options))
+    return (*(None if t is None else next(grads) for t in saved), *(None for _ in ctx.options))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

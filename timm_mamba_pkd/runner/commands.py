@@ -4,18 +4,21 @@ import argparse
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torchdistill.common.main_util import set_seed
 from torchdistill.common.constant import LOGGING_FORMAT
+from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
-from timm_mamba_pkd.report import read_csv, to_text
-from timm_mamba_pkd.runner.config import ConfigError, Job, prepare
+from timm_mamba_pkd.report import plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
+from timm_mamba_pkd.runner.box import build_box
+from timm_mamba_pkd.runner.config import ConfigError, Job, first_line, prepare
 from timm_mamba_pkd.runner.results import measure, report
-from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.train import train
 
 logger = logging.getLogger(__name__)
@@ -29,12 +32,15 @@ def run_train(args: argparse.Namespace) -> None:
     destination = job.student_config.get("dst_ckpt")
     if destination is not None and Path(destination).expanduser().exists():
         raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
+    box = build_box(job, device)
+    if destination is not None:
+        make_folder(Path(destination).expanduser().parent)
     run.create(args.config)
-    _log_to(args.run_log or run.log)
-    if args.log_config:
-        logger.info(job.config)
-    train(job, run, device, amp)
-    _test_and_report(args, job, run, device, amp)
+    with _logging_to(args.run_log or run.log):
+        if args.log_config:
+            logger.info(job.config)
+        train(job, box, run, device, amp)
+        _test_and_report(args, job, run, device, amp)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -46,21 +52,25 @@ def run_evaluate(args: argparse.Namespace) -> None:
         load_weights(job.student, checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
-    if args.run_log:
-        _log_to(args.run_log)
-    _test_and_report(args, job, run, device, amp)
+    with _logging_to(args.run_log) if args.run_log else nullcontext():
+        _test_and_report(args, job, run, device, amp)
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """``mamba-pkd report``: print the table of a finished run."""
-    results = args.output / "results.csv"
+    """``mamba-pkd report``: print the table of a finished run and draw its plots again."""
+    run = RunFolder(args.output)
+    results = run.path / "results.csv"
     if not results.is_file():
-        raise ConfigError(f"{args.output} holds no finished run (no results.csv): train one with: mamba-pkd train")
+        raise ConfigError(f"{run.path} holds no finished run (no results.csv): train one with: mamba-pkd train")
     try:
         rows = read_csv(results)
+        metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print(to_text(rows))
+    plot_accuracy_against_macs(rows, run.path / "accuracy_macs.png")
+    if metrics:
+        plot_curves(metrics, run.path / "curves.png")
 
 
 def _run_folder(args: argparse.Namespace) -> RunFolder:
@@ -74,9 +84,11 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {args.device} was asked for, but torch sees no GPU: use --device cpu")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {args.device} cannot be used: {first_line(error)}") from error
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
     job = prepare(args.config, device)
@@ -87,13 +99,20 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     return device, job, args.amp or bool(job.config["train"].get("amp"))
 
 
-def _log_to(path: str | Path) -> None:
+@contextmanager
+def _logging_to(path: str | Path) -> Iterator[None]:
     """Append all log lines to a file, too."""
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(LOGGING_FORMAT))
-    logging.getLogger().addHandler(handler)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _trained_weights(job: Job, run: RunFolder) -> Path:

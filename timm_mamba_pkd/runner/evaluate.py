@@ -25,7 +25,7 @@ def evaluate(
     correct, total = torch.zeros(len(topk), dtype=torch.int64), 0
     was_training = model.training
     model.eval()
-    for images, targets in progress(loader, title):
+    for images, targets, *_ in progress(loader, title):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images.to(device))
         correct += count_correct(logits.float(), targets.to(device), topk).cpu()
@@ -42,10 +42,10 @@ def evaluate_ensemble(
     correct, total = torch.zeros(2, int(ensemble.num_active), dtype=torch.int64), 0
     was_training = ensemble.training
     ensemble.eval()
-    for images, targets in progress(loader, title):
+    for images, targets, *_ in progress(loader, title):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            students = ensemble.student_logits(images.to(device))
-        both = torch.stack([students, ensemble.combine(students)]).float()
+            students = ensemble.student_logits(images.to(device)).float()
+        both = torch.stack([students, ensemble.combine(students)])
         correct += count_correct(both, targets.to(device), (1,))[..., 0].cpu()
         total += len(targets)
     ensemble.train(was_training)

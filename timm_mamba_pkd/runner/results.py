@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchdistill.datasets.util import build_data_loader
 
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.report import Row, count_macs, count_params, measure_latency, read_metrics, write_report
@@ -21,8 +20,7 @@ def measure(job: Job, device: torch.device, amp: bool = False, student_only: boo
 
     The rows come in that order. A run without a teacher or without an ensemble has the rows that it has.
     """
-    test = job.config["test"]["test_data_loader"]
-    loader = build_data_loader(job.datasets[test["dataset_id"]], test, False)
+    loader = job.test_loader
     teacher_macs = None if job.teacher is None else count_macs(job.teacher, job.input_size)
 
     def row(model: nn.Module, name: str, role: str, k: int | None, top1: float) -> Row:

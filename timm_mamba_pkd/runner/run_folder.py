@@ -1,6 +1,7 @@
 """The folder a run writes: one place for its config, log, metrics, weights and report."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,20 @@ class RunFolder:
 
     def create(self, config_path: str | Path) -> None:
         """Start a run here: make the folder, which `require_free` has found free, and keep a copy of the config."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(config_path).expanduser(), self.config)
-        except OSError as error:
-            raise ConfigError(f"output folder {self.path} cannot be written: {error.strerror or error}") from error
+        make_folder(self.path)
+        shutil.copyfile(Path(config_path).expanduser(), self.config)
 
     def log_metrics(self, **values: Any) -> None:
         """Append one line of JSON to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that results will be written to, or raise a ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise ConfigError(f"folder {path} cannot be written: {error.strerror or error}") from error

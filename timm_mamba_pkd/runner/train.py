@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchdistill.core.distillation import DistillationBox, get_distillation_box
-from torchdistill.core.training import TrainingBox, get_training_box
 
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
+from timm_mamba_pkd.runner.box import Box
 from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress
@@ -19,24 +18,23 @@ from timm_mamba_pkd.runner.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-def train(job: Job, run: RunFolder, device: torch.device, amp: bool = False) -> None:
-    """Train every stage of ``job`` and leave metrics and weights in ``run``.
+def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = False) -> None:
+    """Train every stage of ``job`` in its ``box`` and leave metrics and weights in ``run``.
 
     Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
     stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in torchdistill's format.
 
     Raises:
-        ConfigError: torchdistill refuses the train section.
+        ConfigError: a loss reads what no hook records, or a label is none of the model's classes.
         FloatingPointError: the loss is not finite.
     """
     if amp:
         _keep_logits_in_float32(job)
-    box = _build_box(job, device)
     started = time.perf_counter()
     for epoch in range(box.num_epochs):
         stage = getattr(box, "stage_number", 1)
         box.pre_epoch_process(epoch=epoch)
-        record = _train_one_epoch(box, device, amp, job.config["train"].get("log_freq", 1000), epoch)
+        record = _train_one_epoch(job, box, device, amp, epoch)
         record |= _validate(job, box, device, amp)
         lr = box.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportOptionalMemberAccess]
         run.log_metrics(stage=stage, epoch=epoch, lr=lr, **record)
@@ -55,28 +53,22 @@ def train(job: Job, run: RunFolder, device: torch.device, amp: bool = False) -> 
     logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
 
-def _build_box(job: Job, device: torch.device) -> DistillationBox | TrainingBox:
-    arguments = (job.datasets, job.config["train"], device, None, False, 1)
-    try:
-        if job.teacher is None:
-            return get_training_box(job.student, *arguments)
-        return get_distillation_box(job.teacher, job.student, *arguments)
-    except KeyError as error:
-        raise ConfigError(f"train section: {error} is missing or unknown") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"train section: {error}") from error
-
-
-def _train_one_epoch(
-    box: DistillationBox | TrainingBox, device: torch.device, amp: bool, log_freq: int, epoch: int
-) -> dict[str, Any]:
+def _train_one_epoch(job: Job, box: Box, device: torch.device, amp: bool, epoch: int) -> dict[str, Any]:
     loader: Any = box.train_data_loader
+    log_freq = job.config["train"].get("log_freq", 1000)
     total_loss, samples, started = 0.0, 0, time.perf_counter()
     bar = progress(loader, f"epoch {epoch + 1}/{box.num_epochs}")
     for step, (images, targets, supp_dict) in enumerate(bar, start=1):
+        if not targets.is_floating_point() and targets.max() >= job.num_classes:
+            raise ConfigError(
+                f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
+            )
         images, targets = images.to(device), targets.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = box.forward_process(images, targets, supp_dict)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = box.forward_process(images, targets, supp_dict)
+        except KeyError as error:
+            raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
         value = loss.item()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {value} at epoch {epoch + 1}, step {step}: lower the lr")
@@ -90,7 +82,7 @@ def _train_one_epoch(
     return {"loss": total_loss / samples, "img_per_s": samples / seconds, "seconds": seconds}
 
 
-def _validate(job: Job, box: DistillationBox | TrainingBox, device: torch.device, amp: bool) -> dict[str, Any]:
+def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
     loader: Any = box.val_data_loader
     if isinstance(job.student, MambaPKDEnsemble):
         alone, together = evaluate_ensemble(job.student, loader, device, amp, "validation")

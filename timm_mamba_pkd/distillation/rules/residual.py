@@ -26,9 +26,9 @@ class Residual(Rule):
     sees_earlier = True
 
     def __init__(self, weight: float = 0.5, temperature: float = 4.0, step: float = 1.0) -> None:
-        if weight <= 0:
+        if not weight > 0:
             raise ValueError(f"residual: weight must be positive, got {weight}")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"residual: temperature must be positive, got {temperature}")
         if not 0 <= step <= 1:
             raise ValueError(f"residual: step must be from 0 to 1, got {step}")

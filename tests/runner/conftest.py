@@ -1,0 +1,149 @@
+"""Tiny torchdistill configs, as dictionaries that tests change and then write as YAML."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from timm_mamba_pkd.cli import main
+
+
+class Call(dict):
+    """``!import_call``"""
+
+
+class Get(dict):
+    """``!import_get``"""
+
+
+class Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+Dumper.add_representer(Call, lambda dumper, data: dumper.represent_mapping("!import_call", data))
+Dumper.add_representer(Get, lambda dumper, data: dumper.represent_mapping("!import_get", data))
+
+
+def call(key: str, **kwargs: Any) -> Call:
+    return Call(key=key, init={"kwargs": kwargs})
+
+
+def fake_images(size: int, offset: int, side: int = 8, classes: int = 3) -> Call:
+    """Noise of 1 channel with labels of `classes` classes, the same in every run."""
+    to_tensor = call("torchvision.transforms.ToTensor")
+    return call(
+        "torchvision.datasets.FakeData",
+        size=size, image_size=[1, side, side], num_classes=classes, random_offset=offset, transform=to_tensor,
+    )  # fmt: skip
+
+
+def loader(dataset_id: str, sampler: str = "SequentialSampler", batch_size: int = 8) -> dict[str, Any]:
+    sampler_config = {"class_or_func": Get(key=f"torch.utils.data.{sampler}"), "kwargs": None}
+    return {"dataset_id": dataset_id, "sampler": sampler_config, "kwargs": {"batch_size": batch_size}}
+
+
+def cross_entropy(weight: float) -> dict[str, Any]:
+    path = {"is_from_teacher": False, "module_path": ".", "io": "output"}
+    return {
+        "criterion": {"key": "CrossEntropyLoss", "kwargs": {"reduction": "mean"}},
+        "criterion_wrapper": {
+            "key": "SimpleLossWrapper",
+            "kwargs": {"input": path, "target": {"uses_label": True}},
+        },
+        "weight": weight,
+    }
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    """What every stage needs."""
+    return {
+        "num_epochs": 1,
+        "train_data_loader": loader("fake/train", "RandomSampler"),
+        "val_data_loader": loader("fake/val"),
+        "optimizer": {"key": "mamba_pkd_adamw", "kwargs": {"lr": 0.01}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"ce": cross_entropy(0.5)}}},
+        **changes,
+    }
+
+
+def progressive_config() -> dict[str, Any]:
+    """Students s1 and s2 learn from timm's test_resnet; train.init.kwargs are the schedule's arguments."""
+    students = ["mamba_pkd_s1", "mamba_pkd_s2"]
+    sizes: dict[str, Any] = {"num_classes": 3, "in_chans": 1}
+    return {
+        "dependencies": [{"name": "timm_mamba_pkd"}],
+        "datasets": {
+            "fake/train": fake_images(24, offset=0),
+            "fake/val": fake_images(12, offset=100),
+            "fake/test": fake_images(21, offset=200),  # the last batch is smaller
+        },
+        "models": {
+            "teacher_model": {"key": "mamba_pkd_timm_model", "kwargs": {"model_name": "test_resnet", **sizes}},
+            "student_model": {"key": "mamba_pkd_ensemble", "kwargs": {"students": students, "img_size": 8, **sizes}},
+        },
+        "train": call("timm_mamba_pkd.progressive", students=students, **stage()),
+        "test": {"test_data_loader": loader("fake/test")},
+    }
+
+
+def plain_config() -> dict[str, Any]:
+    """One student, no teacher: torchdistill's TrainingBox, with the keys of upstream's configs."""
+    config = progressive_config()
+    kwargs = {"model_name": "mamba_pkd_s1", "num_classes": 3, "in_chans": 1, "img_size": 8}
+    config["models"] = {"model": {"key": "mamba_pkd_timm_model", "kwargs": kwargs}}
+    config["train"] = stage(log_freq=1000, model={"forward_proc": "forward_batch_only"})
+    return config
+
+
+@pytest.fixture
+def progressive() -> dict[str, Any]:
+    return progressive_config()
+
+
+@pytest.fixture
+def plain() -> dict[str, Any]:
+    return plain_config()
+
+
+@pytest.fixture
+def build() -> Any:
+    """The helpers above, for tests that need more: `build.stage()`, `build.call(...)`."""
+
+    class Build:
+        call, fake_images, loader, cross_entropy, stage = map(
+            staticmethod, (call, fake_images, loader, cross_entropy, stage)
+        )
+
+    return Build
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    def write(config: Any, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.dump(copy.deepcopy(config), Dumper=Dumper, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, write, monkeypatch) -> Callable[..., tuple[int, Path]]:
+    """Run a subcommand of mamba-pkd on a config, on the CPU; returns the exit code and the run's folder.
+
+    Latency and plots, which take most of the time of such small runs, are left out.
+    """
+    monkeypatch.setattr("timm_mamba_pkd.runner.results.measure_latency", lambda *args: 1.0)
+    for plot in ("plot_accuracy_against_macs", "plot_curves"):
+        monkeypatch.setattr(f"timm_mamba_pkd.report.folder.{plot}", lambda *args: None)
+
+    def run(config: Any, *flags: str, command: str = "train", output: str = "run") -> tuple[int, Path]:
+        path = config if isinstance(config, Path) else write(config)
+        folder = tmp_path / output
+        return main([command, "--config", str(path), "--device", "cpu", "--output", str(folder), *flags]), folder
+
+    return run

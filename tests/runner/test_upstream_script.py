@@ -1,0 +1,76 @@
+"""A progressive config under torchdistill's own example script, unmodified: set TORCHDISTILL_REPO to its checkout."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_mamba_pkd.report import read_csv
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path("examples", "torchvision", "image_classification.py")
+STUDENTS = ["mamba_pkd_s1"] * 3
+
+
+@pytest.fixture
+def repo() -> Path:
+    folder = os.environ.get("TORCHDISTILL_REPO")
+    if folder is None:
+        pytest.skip("the example script is not in the pip package: set TORCHDISTILL_REPO to a checkout of torchdistill")
+    return Path(folder).resolve()
+
+
+def test_example_script_trains_the_whole_ensemble(repo, progressive, build, write, run, tmp_path):
+    digits = [
+        build.call(
+            "timm_mamba_pkd.datasets.Digits", split=split, transform=build.call("torchvision.transforms.ToTensor")
+        )
+        for split in ("train", "val", "test")
+    ]
+    progressive["datasets"] = dict(zip(("fake/train", "fake/val", "fake/test"), digits, strict=True))
+    models, schedule = progressive["models"], progressive["train"]["init"]["kwargs"]
+    for model in models.values():
+        model["kwargs"]["num_classes"] = 10  # the script measures top-5
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    models["teacher_model"]["src_ckpt"] = str(tmp_path / "teacher.pt")
+    models["student_model"]["dst_ckpt"] = str(tmp_path / "ensemble.pt")
+    models["student_model"]["kwargs"]["students"] = schedule["students"] = STUDENTS
+    schedule["rule"] = {"key": "residual", "kwargs": {"weight": 0.02}}
+    schedule["train_data_loader"]["kwargs"]["batch_size"] = 32
+    schedule["optimizer"]["kwargs"]["lr"] = 0.003
+    schedule["val_data_loader"]["dataset_id"] = "fake/train"
+
+    config = write(progressive)
+    result = subprocess.run(
+        [sys.executable, str(repo / SCRIPT), "--config", str(config), "--device", "cpu", "--seed", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log
+    assert [int(n) for n in re.findall(r"(?:Started|Advanced to) stage (\d)", log)] == [1, 2, 3]
+
+    # The script keeps the best epoch of all stages, which is the last here: each student adds one to ten points.
+    weights = torch.load(tmp_path / "ensemble.pt", weights_only=False)["model"]
+    assert weights["num_active"] == 3
+    steps = -(-1257 // 32)
+    assert [int(weights[f"students.{i}.stem.norm.num_batches_tracked"]) for i in range(3)] == [steps] * 3
+
+    # Its accuracies of the teacher and the ensemble are ours.
+    accuracies = [float(value) for value in re.findall(r"Acc@1 ([\d.]+)", log)][-2:]
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.yaml").touch()  # a run, to which the report belongs
+    code, folder = run(progressive, command="evaluate", output="ours")
+    assert code == 0
+    rows = read_csv(folder / "results.csv")
+    assert [rows[0].top1, rows[-1].top1] == pytest.approx(accuracies, abs=1e-3)
+    assert rows[-1].top1 > 80
