@@ -225,11 +225,6 @@ def test_prune_intermediate_layers(index):
     assert pruned(x).shape == (2, 7)
 
 
-@pytest.mark.xfail(
-    raises=torch.utils.checkpoint.CheckpointError,
-    strict=True,
-    reason="ops/selective_scan.py reads ctx.saved_tensors more than once in _differentiate",
-)
 def test_grad_checkpointing():
     model = make()
     x = torch.randn(2, 3, 9, 9)
