@@ -1,5 +1,7 @@
 """Bridges from torchdistill's registries to timm."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from timm_mamba_pkd import MambaPKDEnsemble
 from timm_mamba_pkd.distillation import build_model, unknown_name
 
 
-def timm_model(**kwargs):
+def timm_model(**kwargs: Any) -> Any:
     return get_model("mamba_pkd_timm_model", **kwargs)
 
 
@@ -47,9 +49,9 @@ def test_small_stem_is_for_resnets(name):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown timm model 'resnet81'; known: .*resnet18"):
+    with pytest.raises(ValueError, match=r"unknown timm model 'resnet81'; known: .*resnet18"):
         timm_model(model_name="resnet81")
-    with pytest.raises(ValueError, match="unknown model 'mamba_pkd_timm_modle'; known: .*mamba_pkd_timm_model"):
+    with pytest.raises(ValueError, match=r"unknown model 'mamba_pkd_timm_modle'; known: .*mamba_pkd_timm_model"):
         build_model({"key": "mamba_pkd_timm_modle"})
     assert unknown_name("rule", "x", ["b", "a"]) == "unknown rule 'x'; known: a, b"
     assert unknown_name("model", "zzz", map(str, range(100))) == "unknown model 'zzz'"
@@ -60,13 +62,13 @@ def test_build_model_takes_torchvision_and_ours():
     assert isinstance(
         build_model({"key": "mamba_pkd_ensemble", "kwargs": {"students": ["mamba_pkd_s1"]}}), MambaPKDEnsemble
     )
-    with pytest.raises(ValueError, match="model resnet18 does not take these kwargs: .*'colour'"):
+    with pytest.raises(ValueError, match=r"model resnet18 does not take these kwargs: .*'colour'"):
         build_model({"key": "resnet18", "kwargs": {"colour": 1}})
     with pytest.raises(ValueError, match="unknown student 'mamba_pkd_s9'"):
         build_model({"key": "mamba_pkd_ensemble", "kwargs": {"students": ["mamba_pkd_s9"]}})
 
 
-def optimizer_of(model: nn.Module, **kwargs):
+def optimizer_of(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
     return get_optimizer(nn.ModuleList([model]), "mamba_pkd_adamw", **kwargs)
 
 

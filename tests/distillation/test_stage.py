@@ -17,7 +17,7 @@ from timm_mamba_pkd.distillation import StageWrapper
 CPU = torch.device("cpu")
 STUDENTS = ["mamba_pkd_s1", "mamba_pkd_s1", "mamba_pkd_s2"]
 EPOCHS = 2
-LOGITS = {
+LOGITS: dict[str, Any] = {
     "student_module_path": ".",
     "student_module_io": "output",
     "teacher_module_path": ".",
@@ -124,7 +124,7 @@ def test_only_the_student_of_the_stage_changes(rule):
 def test_losses_see_the_current_student_and_the_earlier_ones():
     teacher, ensemble = teacher_and_students()
     rule = {"key": "residual", "kwargs": {"weight": 0.3, "temperature": 2.0, "step": 0.5}}
-    box = box_of(teacher, ensemble, schedule(num_epochs=1, rule=rule))
+    box = box_of(teacher, ensemble, schedule(num_epochs=1, rule=rule, scheduler=None))
     x, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
     for k in (1, 2, 3):
         box.pre_epoch_process(epoch=k)
@@ -169,6 +169,7 @@ def test_losses_of_torchdistill_work_unchanged(loss, path, io):
     train = schedule(
         num_epochs=1,
         rule="independent",
+        scheduler=None,
         criterion=criterion,
         student=hooks,
         teacher={"forward_hook": {"output": ["layer1"]}} if path else {},

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,13 +113,7 @@ def plain() -> dict[str, Any]:
 @pytest.fixture
 def build() -> Any:
     """The helpers above, for tests that need more: `build.stage()`, `build.call(...)`."""
-
-    class Build:
-        call, fake_images, loader, cross_entropy, stage = map(
-            staticmethod, (call, fake_images, loader, cross_entropy, stage)
-        )
-
-    return Build
+    return SimpleNamespace(call=call, fake_images=fake_images, loader=loader, stage=stage)
 
 
 @pytest.fixture

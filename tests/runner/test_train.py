@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.report import read_csv
 
 STUDENTS = ["mamba_pkd_s1", "mamba_pkd_s2"]
-SIZES = {"num_classes": 3, "in_chans": 1}
+SIZES: dict[str, Any] = {"num_classes": 3, "in_chans": 1}
 
 
 def metrics(folder: Path) -> list[dict]:
