@@ -239,6 +239,12 @@ def test_loss_on_what_no_hook_records(plain, run, capsys):
     assert error_of(capsys) == "a loss reads 'head.fc', which no forward_hook of this stage records"
 
 
+def test_criterion_without_terms(plain, run, capsys):
+    plain["train"]["criterion"]["kwargs"]["sub_terms"] = {}
+    assert run(plain)[0] == 2
+    assert error_of(capsys) == "criterion has no sub_terms: there is nothing to learn"
+
+
 def test_data_that_is_not_there(plain, build, run, capsys, tmp_path):
     to_tensor = build.call("torchvision.transforms.ToTensor")
     (tmp_path / "empty").mkdir()
@@ -380,7 +386,7 @@ def test_a_killed_run_is_not_overwritten(plain, run, write, capsys, tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=output, stderr=output,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not (folder / "weights" / "model.safetensors").exists():
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
                 time.sleep(0.05)

@@ -15,18 +15,6 @@ STAGE_WRAPPER = "mamba_pkd_stage"
 TEACHER_IN_EVAL = "mamba_pkd_teacher_in_eval"
 
 
-class Earlier(nn.Module):
-    """Ensemble logits of the students before the current one, without gradients; a place for forward hooks."""
-
-    def __init__(self, ensemble: MambaPKDEnsemble, count: int) -> None:
-        super().__init__()
-        self.students = ensemble.students[:count]
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([student(x) for student in self.students]).float().mean(0)
-
-
 @register_auxiliary_model_wrapper(key=STAGE_WRAPPER)
 class StageWrapper(AuxiliaryModelWrapper):
     """The ensemble in stage k: student k trains, the earlier ones are frozen and in eval mode, the rest waits.
@@ -53,7 +41,7 @@ class StageWrapper(AuxiliaryModelWrapper):
         student_model.requires_grad_(False)
         self.ensemble = student_model
         self.student = student_model.students[stage - 1].requires_grad_(True)
-        self.earlier = Earlier(student_model, stage - 1) if sees_earlier and stage > 1 else None
+        self.earlier = student_model.first(stage - 1) if sees_earlier and stage > 1 else None
         self.train(student_model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +60,8 @@ class StageWrapper(AuxiliaryModelWrapper):
         if not self.training:
             return self.ensemble(x)
         if self.earlier is not None:
-            self.earlier(x)
+            with torch.no_grad():
+                self.earlier(x)
         return self.student(x).float()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

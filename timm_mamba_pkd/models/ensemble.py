@@ -71,6 +71,10 @@ class MambaPKDEnsemble(nn.Module):
             raise ValueError(f"k must be from 1 to {len(self.students)}, got {k}")
         self.num_active.fill_(k)
 
+    def first(self, k: int) -> "FirstStudents":
+        """The first ``k`` students as a classifier of its own, which shares their parameters."""
+        return FirstStudents(self.students[:k])
+
     def student_logits(self, x: Tensor) -> Tensor:
         """Logits of each active student alone: (k, B, num_classes)."""
         return torch.stack([student(x) for student in self.students[: int(self.num_active)]])
@@ -114,6 +118,17 @@ class MambaPKDEnsemble(nn.Module):
             if hasattr(student, "no_weight_decay")
             for name in student.no_weight_decay()
         }
+
+
+class FirstStudents(nn.Module):
+    """Mean of the logits of a fixed number of students: (B, in_chans, H, W) in, (B, num_classes) out."""
+
+    def __init__(self, students: nn.ModuleList) -> None:
+        super().__init__()
+        self.students = students
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([student(x) for student in self.students]).mean(0)
 
 
 default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})

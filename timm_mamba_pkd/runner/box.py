@@ -27,7 +27,7 @@ def build_box(job: Job, device: torch.device) -> Box:
     """
     logs = logging.getLogger("torchdistill")
     level = logs.level
-    logs.setLevel(logging.WARNING)
+    logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
     try:
         _rehearse(job, device)
     finally:

@@ -1,7 +1,7 @@
 """From a YAML file to checked data sets and models: every error a user can make is said before compute is spent."""
 
 import re
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,10 @@ def prepare(config_path: str | Path, device: torch.device) -> Job:
     student = _build(student_config)
 
     samples = {dataset_id: _sample(dataset, dataset_id) for dataset_id, dataset in datasets.items()}
-    images = {image.shape: image for image, _ in samples.values()}
-    num_classes = {_num_outputs(student, student_config["key"], image) for image in images.values()}.pop()
+    images = [image for image, _ in samples.values()]
+    num_classes = _num_outputs(student, student_config["key"], images)
     if teacher is not None:
-        outputs = {_num_outputs(teacher, models["teacher_model"]["key"], image) for image in images.values()}.pop()
+        outputs = _num_outputs(teacher, models["teacher_model"]["key"], images)
         if outputs != num_classes:
             raise ConfigError(
                 f"teacher has {outputs} classes, student has {num_classes}: set both num_classes to the data set's"
@@ -120,8 +120,8 @@ def prepare(config_path: str | Path, device: torch.device) -> Job:
     student.to(device)
     if teacher is not None:
         teacher.to(device)
-    size: Any = next(iter(images))
-    return Job(config, teacher, student, test_loader, tuple(size), num_classes, topk)
+    size: Any = tuple(images[0].shape)
+    return Job(config, teacher, student, test_loader, size, num_classes, topk)
 
 
 def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,18 +196,20 @@ def _sample(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:
     return image, label
 
 
-def _num_outputs(model: nn.Module, name: str, image: torch.Tensor) -> int:
-    """Number of outputs of ``model``, found by one forward pass."""
+def _num_outputs(model: nn.Module, name: str, images: Iterable[torch.Tensor]) -> int:
+    """Number of outputs of ``model``, found by a forward pass of each image."""
+    outputs = 0
     was_training = model.training
-    try:
-        with torch.inference_mode():
-            logits = model.eval()(image[None])
-    except Exception as error:
-        shape = "x".join(map(str, image.shape))
-        raise ConfigError(f"model {name} cannot take images of {shape}: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
-    return logits.shape[-1]
+    model.eval()
+    for image in images:
+        try:
+            with torch.inference_mode():
+                outputs = model(image[None]).shape[-1]
+        except Exception as error:
+            shape = "x".join(map(str, image.shape))
+            raise ConfigError(f"model {name} cannot take images of {shape}: {first_line(error)}") from error
+    model.train(was_training)
+    return outputs
 
 
 def _num_labels(dataset: Any) -> int:

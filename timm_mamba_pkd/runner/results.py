@@ -52,19 +52,8 @@ def measure(job: Job, device: torch.device, amp: bool = False, student_only: boo
     for k in range(1, active + 1):
         rows.append(row(ensemble.students[k - 1], ensemble.names[k - 1], "student", k, alone[k - 1]))
     for k in range(1, active + 1):
-        rows.append(row(Prefix(ensemble, k), f"ensemble_{k}", "ensemble", k, together[k - 1]))
+        rows.append(row(ensemble.first(k), f"ensemble_{k}", "ensemble", k, together[k - 1]))
     return rows
-
-
-class Prefix(nn.Module):
-    """The first k students of an ensemble as a model of their own: what is counted and timed."""
-
-    def __init__(self, ensemble: MambaPKDEnsemble, k: int) -> None:
-        super().__init__()
-        self.students = ensemble.students[:k]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([student(x) for student in self.students]).mean(0)
 
 
 def report(rows: list[Row], run: RunFolder, device_name: str, seed: int) -> None:

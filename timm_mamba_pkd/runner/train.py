@@ -69,6 +69,8 @@ def _train_one_epoch(job: Job, box: Box, device: torch.device, amp: bool, epoch:
                 loss = box.forward_process(images, targets, supp_dict)
         except KeyError as error:
             raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
+        if not isinstance(loss, torch.Tensor):
+            raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {value} at epoch {epoch + 1}, step {step}: lower the lr")

@@ -64,7 +64,7 @@ class ResidualLoss(nn.Module):
         teacher = teacher_io_dict["."]["output"]
         target = teacher
         if self.gain > 0:
-            target = teacher + self.gain * (teacher - student_io_dict[Rule.EARLIER]["output"])
+            target = teacher + self.gain * (teacher - student_io_dict[Rule.EARLIER]["output"].to(teacher.dtype))
         t = self.temperature
         log_p = F.log_softmax(student / t, dim=-1)
         return t * t * F.kl_div(log_p, F.log_softmax(target / t, dim=-1), reduction="batchmean", log_target=True)
