@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torchdistill.common.main_util import load_ckpt
+from torchvision.datasets import FakeData
 
 from timm_mamba_pkd import MambaPKDEnsemble
 from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.report import read_csv
+from timm_mamba_pkd.runner.config import prepare
+from timm_mamba_pkd.runner.train import _train_one_epoch
 
 STUDENTS = ["mamba_pkd_s1", "mamba_pkd_s2"]
 SIZES: dict[str, Any] = {"num_classes": 3, "in_chans": 1}
@@ -159,7 +163,7 @@ def test_seed_decides(progressive, run):
 
 
 def test_amp_trains_and_keeps_float32_weights(progressive, run):
-    _, full = run(progressive, output="full")
+    _, full = run(progressive, "--channels-last", output="full")
     losses = [line["loss"] for line in metrics(full)]
     code, folder = run(progressive, "--amp", "--channels-last")
     assert code == 0
@@ -246,6 +250,40 @@ def test_evaluate_finds_the_weights_at_dst_ckpt(plain, run, tmp_path, capsys):
     assert run(plain, command="evaluate", output="elsewhere")[0] == 0
     assert f"{row.top1:.2f}" in capsys.readouterr().out
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_evaluate_takes_the_checkpoint_it_is_given(plain, run, tmp_path, capsys):
+    code, folder = run(plain)
+    assert code == 0
+    report = (folder / "results.csv").read_bytes()
+    model = timm.create_model("mamba_pkd_s1", **SIZES)
+    shares = torch.zeros(3)
+    for _, label in FakeData(21, (1, 8, 8), num_classes=3, random_offset=200):
+        shares[label] += 1
+    for answer in range(3):  # a model that always gives the same answer
+        model.load_state_dict(model.state_dict() | {"head.fc.bias": 100.0 * torch.eye(3)[answer]})
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        capsys.readouterr()
+        assert run(plain, "--checkpoint", str(tmp_path / "model.pt"), command="evaluate")[0] == 0
+        assert float(capsys.readouterr().out.splitlines()[1].split()[3]) == pytest.approx(
+            100 * shares[answer].item() / 21, abs=0.0051
+        )
+    assert (folder / "results.csv").read_bytes() == report  # which is that of the run's own weights
+
+
+def test_loss_of_an_epoch_is_the_mean_over_samples(plain, write):
+    batches = [(torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64), {}) for n in (8, 8, 4)]
+    losses = iter([1.0, 2.0, 6.0])
+    box: Any = SimpleNamespace(
+        train_data_loader=batches,
+        num_epochs=1,
+        forward_process=lambda *batch: torch.tensor(next(losses)),
+        post_forward_process=lambda loss: loss.mul_(100),  # torchdistill scales it in place, when it accumulates
+    )
+    job = prepare(write(plain), torch.device("cpu"))
+    record = _train_one_epoch(job, box, torch.device("cpu"), amp=False, epoch=0)
+    assert record["loss"] == pytest.approx((8 * 1 + 8 * 2 + 4 * 6) / 20)
+    assert record["img_per_s"] == pytest.approx(20 / record["seconds"])
 
 
 def test_logs_of_two_runs_in_one_process_are_apart(plain, run, caplog):
