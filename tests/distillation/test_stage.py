@@ -156,8 +156,7 @@ def at_pair(path: str, io: str) -> dict[str, Any]:
         (KDLoss(**LOGITS, temperature=2.0, alpha=0.4), None, None),
         (LogitStdKDLoss(**LOGITS, temperature=2.0, alpha=0.4), None, None),
         (DISTLoss(**LOGITS), None, None),
-        # Features (B, C, H, W), as torchdistill's losses want them: of a convolution, or what a stage gives the next.
-        (ATLoss(**at_pair("stages.1.downsample.pointwise", "output")), "stages.1.downsample.pointwise", "output"),
+        (ATLoss(**at_pair("stages.1", "output")), "stages.1", "output"),
         (ATLoss(**at_pair("stages.2.downsample.depthwise", "input")), "stages.2.downsample.depthwise", "input"),
     ],
     ids=["KDLoss", "LogitStdKDLoss", "DISTLoss", "ATLoss", "ATLoss-stage-output"],

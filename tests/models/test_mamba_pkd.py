@@ -98,9 +98,9 @@ def test_any_size_and_channels(size, in_chans):
     x = torch.randn(1, in_chans, *size)
     with torch.no_grad():
         features = model.forward_features(x)
-        assert features.shape == (1, math.ceil(size[0] / 8), math.ceil(size[1] / 8), 32)
+        assert features.shape == (1, 32, math.ceil(size[0] / 8), math.ceil(size[1] / 8))
         assert features.std() > 0.1
-        logits = features.mean((1, 2)) @ model.head.fc.weight.T + model.head.fc.bias
+        logits = features.mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias
         torch.testing.assert_close(model(x), logits)
         torch.testing.assert_close(other(x), logits)  # made for another size
 

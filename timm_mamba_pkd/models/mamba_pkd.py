@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ STUDENTS = {
 
 
 class Stem(nn.Module):
-    """Convolution of stride 2: images (B, in_chans, H, W) in, (B, ceil(H / 2), ceil(W / 2), C) out."""
+    """Convolution of stride 2: images (B, in_chans, H, W) in, (B, C, ceil(H / 2), ceil(W / 2)) out."""
 
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -55,11 +55,14 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         torch._assert(x.shape[-2] >= 8, "images must be at least 8 pixels high")
         torch._assert(x.shape[-1] >= 8, "images must be at least 8 pixels wide")
-        return self.act(self.norm(self.conv(x))).permute(0, 2, 3, 1)
+        return self.act(self.norm(self.conv(x)))
 
 
 class Stage(nn.Module):
-    """Downsampling (all stages but the first) and blocks: (B, H, W, C) in, (B, H', W', C') out."""
+    """Downsampling (all stages but the first) and blocks: (B, C, H, W) in, (B, C', H', W') out.
+
+    Inside, the layout is (B, H, W, C); outside it is what hooks of feature distillation expect.
+    """
 
     def __init__(
         self,
@@ -76,10 +79,12 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        x = self.downsample(x.permute(0, 2, 3, 1))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class MambaPKD(nn.Module):
@@ -112,7 +117,6 @@ class MambaPKD(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.output_fmt = "NHWC"
         self.set_input_size(img_size)
 
         self.stem = Stem(in_chans, cfg.dims[0], **dd)
@@ -131,10 +135,8 @@ class MambaPKD(nn.Module):
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
             in_dim = dim
 
-        self.norm = nn.LayerNorm(in_dim, **dd)
-        self.head = ClassifierHead(
-            in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC", **dd
-        )
+        self.norm = LayerNorm2d(in_dim, eps=1e-5, **dd)
+        self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.num_features = in_dim
         self.head_hidden_size = self.head.num_features
         self.init_weights()
@@ -216,11 +218,11 @@ class MambaPKD(nn.Module):
             indices: stages to take: the last n if an int, all if None.
             norm: apply the final norm to the last stage's intermediate.
             stop_early: skip the stages after the last one taken.
-            output_fmt: 'NCHW' or 'NHWC'.
+            output_fmt: 'NCHW', the only one.
             intermediates_only: do not return the final features.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt}")
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
         if not stop_early:
@@ -231,8 +233,7 @@ class MambaPKD(nn.Module):
             if i <= last:
                 x = stage(x)
             if i in take:
-                y = self.norm(x) if norm and i == final else x
-                intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
+                intermediates.append(self.norm(x) if norm and i == final else x)
         if intermediates_only:
             return intermediates
         return (self.norm(x) if last == final else x), intermediates
@@ -253,7 +254,7 @@ class MambaPKD(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised features of the last stage: (B, ceil(H / 8), ceil(W / 8), C)."""
+        """Normalised features of the last stage: (B, C, ceil(H / 8), ceil(W / 8))."""
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -288,7 +289,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaPKD:
         pretrained,
         model_cfg=STUDENTS[variant],
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter", "flatten_sequential": True},
+        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
         **kwargs,
     )
 
