@@ -247,11 +247,11 @@ def test_frozen_modules_are_the_current_students():
 
 def test_wrapper_saves_and_loads_as_the_ensemble():
     _, ensemble = teacher_and_students()
-    wrapper = StageWrapper(ensemble, stage=2, sees_earlier=True)
+    wrapper = StageWrapper(ensemble, stage=2, name=ensemble.names[1], sees_earlier=True)
     state = wrapper.state_dict()
     assert list(state) == list(ensemble.state_dict())
     fresh = MambaPKDEnsemble(STUDENTS, num_classes=3, in_chans=1, img_size=8)
-    StageWrapper(fresh, stage=1, sees_earlier=True).load_state_dict(state)
+    StageWrapper(fresh, stage=1, name=fresh.names[0], sees_earlier=True).load_state_dict(state)
     assert same(fresh, state) and int(fresh.num_active) == 2
     with pytest.raises(AttributeError, match="nothing"):
         _ = wrapper.nothing
@@ -260,6 +260,8 @@ def test_wrapper_saves_and_loads_as_the_ensemble():
 def test_wrapper_refuses():
     _, ensemble = teacher_and_students()
     with pytest.raises(ValueError, match="stage 4 has no student: the ensemble has 3"):
-        StageWrapper(ensemble, stage=4, sees_earlier=False)
+        StageWrapper(ensemble, stage=4, name="mamba_pkd_s1", sees_earlier=False)
     with pytest.raises(ValueError, match="trains a mamba_pkd_ensemble, but the student is MambaPKD"):
-        StageWrapper(ensemble.students[0], stage=1, sees_earlier=False)
+        StageWrapper(ensemble.students[0], stage=1, name="mamba_pkd_s1", sees_earlier=False)
+    with pytest.raises(ValueError, match="stage 1 is to train mamba_pkd_s7, but the ensemble's students are mamba_pkd"):
+        StageWrapper(ensemble, stage=1, name="mamba_pkd_s7", sees_earlier=False)

@@ -156,7 +156,7 @@ TEACHER, STUDENT = ("models", "teacher_model"), ("models", "student_model")
         ),
         (with_value("high", *SCHEDULE, "optimizer", "kwargs", "lr"), "train.stage1: TypeError: .*'str'"),
         (
-            with_value(["mamba_pkd_s1"] * 3, *SCHEDULE, "students"),
+            with_value(["mamba_pkd_s1", "mamba_pkd_s2", "mamba_pkd_s3"], *SCHEDULE, "students"),
             "train.stage3: stage 3 has no student: the ensemble has 2",
         ),
         (

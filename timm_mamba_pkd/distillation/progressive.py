@@ -30,7 +30,7 @@ def progressive(
     in eval mode; optimizer and scheduler start afresh.
 
     Args:
-        students: the ensemble's students, in order; their number is the number of stages.
+        students: the names of the ensemble's students, in its order: one stage each.
         num_epochs, train_data_loader, val_data_loader, optimizer, scheduler, criterion, teacher, student: a stage's
             sections in torchdistill's own terms, used for every stage. ``teacher`` and ``student`` may be left out
             unless losses need hooks.
@@ -65,7 +65,7 @@ def progressive(
         "scheduler": scheduler,
         "criterion": criterion,
     }
-    stages = {f"stage{k}": _stage(template, chosen, k) for k in range(1, 1 + len(students))}
+    stages = {f"stage{k}": _stage(template, chosen, k, name) for k, name in enumerate(students, start=1)}
     return {"log_freq": log_freq, "amp": amp, **stages}
 
 
@@ -82,12 +82,12 @@ def _build_rule(rule: str | dict[str, Any]) -> Rule:
         raise ValueError(f"rule {name}: {error}") from error
 
 
-def _stage(template: dict[str, Any], rule: Rule, k: int) -> dict[str, Any]:
+def _stage(template: dict[str, Any], rule: Rule, k: int, name: str) -> dict[str, Any]:
     stage = copy.deepcopy(template)
     student = stage["student"]
     student["auxiliary_model_wrapper"] = {
         "key": STAGE_WRAPPER,
-        "kwargs": {"stage": k, "sees_earlier": rule.sees_earlier},
+        "kwargs": {"stage": k, "name": name, "sees_earlier": rule.sees_earlier},
     }
     if rule.sees_earlier and k > 1:
         hooks = student.setdefault("forward_hook", {})

@@ -26,10 +26,11 @@ class StageWrapper(AuxiliaryModelWrapper):
     Args:
         student_model: the ensemble.
         stage: k, from 1.
+        name: student k's name in timm's registry.
         sees_earlier: run the earlier students in training, so that hooks on ``earlier`` see their ensemble logits.
     """
 
-    def __init__(self, student_model: nn.Module, stage: int, sees_earlier: bool, **kwargs: Any) -> None:
+    def __init__(self, student_model: nn.Module, stage: int, name: str, sees_earlier: bool, **kwargs: Any) -> None:
         super().__init__()
         if not isinstance(student_model, MambaPKDEnsemble):
             raise ValueError(
@@ -37,6 +38,11 @@ class StageWrapper(AuxiliaryModelWrapper):
             )
         if stage > len(student_model.students):
             raise ValueError(f"stage {stage} has no student: the ensemble has {len(student_model.students)}")
+        if name != student_model.names[stage - 1]:
+            raise ValueError(
+                f"stage {stage} is to train {name}, but the ensemble's students are {', '.join(student_model.names)}: "
+                "give both the same list"
+            )
         student_model.set_active(stage)
         student_model.requires_grad_(False)
         self.ensemble = student_model

@@ -14,7 +14,7 @@ from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
-from timm_mamba_pkd.report import plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
+from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import ConfigError, Job, first_line, prepare
 from timm_mamba_pkd.runner.results import measure, report
@@ -40,7 +40,7 @@ def run_train(args: argparse.Namespace) -> None:
         if args.log_config:
             logger.info(job.config)
         train(job, box, run, device, amp)
-        _test_and_report(args, job, run, device, amp)
+        _report(args, run, device, _test(args, job, device, amp))
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -53,7 +53,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     with _logging_to(args.run_log) if args.run_log else nullcontext():
-        _test_and_report(args, job, run, device, amp)
+        rows = _test(args, job, device, amp)
+        if Path(checkpoint).parent == run.weights("").parent and not args.student_only:
+            _report(args, run, device, rows)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -124,10 +126,13 @@ def _trained_weights(job: Job, run: RunFolder) -> Path:
     return saved
 
 
-def _test_and_report(args: argparse.Namespace, job: Job, run: RunFolder, device: torch.device, amp: bool) -> None:
+def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: bool) -> list[Row]:
     rows = measure(job, device, amp, args.student_only)
     print(to_text(rows))
-    if getattr(args, "checkpoint", None) is None and run.config.exists():
-        cpu = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-        report(rows, run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, args.seed)
-        print(f"\nReport: {run.path}/results.md, results.csv, accuracy_macs.png, curves.png")
+    return rows
+
+
+def _report(args: argparse.Namespace, run: RunFolder, device: torch.device, rows: list[Row]) -> None:
+    cpu = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    report(rows, run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, args.seed)
+    print(f"\nReport: {run.path}/results.md, results.csv, accuracy_macs.png, curves.png")

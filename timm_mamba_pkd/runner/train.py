@@ -45,7 +45,7 @@ def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = 
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
         )  # fmt: skip
         _save(job.student, run)
-        box.post_epoch_process()
+        box.post_epoch_process(metrics=record["val_top1"])
     box.clean_modules()
     destination = job.student_config.get("dst_ckpt")
     if destination is not None:
