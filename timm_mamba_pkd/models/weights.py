@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 
@@ -24,7 +24,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     partial = path.with_name(path.name + ".part")
-    save_file(state, partial)
+    partial.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make the file private
     os.replace(partial, path)
 
 
