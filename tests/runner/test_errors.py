@@ -160,6 +160,11 @@ TEACHER, STUDENT = ("models", "teacher_model"), ("models", "student_model")
             "train.stage3: stage 3 has no student: the ensemble has 2",
         ),
         (
+            with_value(["mamba_pkd_s1"], *SCHEDULE, "students"),
+            "the schedule has 1 stages, but the ensemble has 2 students: give both the same list",
+        ),
+        (without(*TEACHER), "a progressive schedule needs a teacher: name it under models.teacher_model"),
+        (
             with_value({"forward_hook": {"output": ["stages.7"]}}, *SCHEDULE, "student"),
             "train.stage1: student: 'stages.7' is no module of MambaPKD, which has stem, stages, norm, head",
         ),
@@ -367,9 +372,12 @@ def test_a_run_never_overwrites(plain, run, capsys, tmp_path):
     assert len(before[0]) >= 5 and len(before[1]) == 1
 
     assert run(plain)[0] == 2
-    assert error_of(capsys) == (
-        f"{folder} already holds a run: choose another --output, or see it with: mamba-pkd report {folder}"
-    )
+    message = f"{folder} already holds a run, finished or not: choose another --output, or move it away"
+    assert error_of(capsys) == message
+    (folder / "config.yaml").unlink()
+    assert run(plain)[0] == 2
+    assert error_of(capsys) == message
+    (folder / "config.yaml").write_bytes(before[0][folder / "config.yaml"])
     code, other = run(plain, output="other")
     assert code == 2 and not other.exists()
     assert error_of(capsys).startswith(f"dst_ckpt {tmp_path}/ckpt/model.pt exists already: move it away")
@@ -401,7 +409,7 @@ def test_a_killed_run_is_not_overwritten(plain, run, write, capsys, tmp_path):
     assert "already holds a run" in error_of(capsys)
     assert files(folder) == before
     assert main(["report", str(folder)]) == 2
-    assert "holds no finished run" in error_of(capsys)
+    assert "has not finished: test it with: mamba-pkd evaluate" in error_of(capsys)
 
 
 def test_dumped_configs_are_yaml(progressive, write):

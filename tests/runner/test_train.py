@@ -142,16 +142,6 @@ def test_logged_accuracy_is_that_of_the_saved_weights(progressive, run, fresh):
     assert second["val_top1"] == rows["ensemble", 2] and second["val_top1_student"] == rows["student", 2]
 
 
-def test_stage_two_starts_from_what_stage_one_left(progressive, run):
-    _, both = run(progressive)
-    progressive["train"]["init"]["kwargs"]["students"] = STUDENTS[:1]
-    code, one = run(progressive, output="one")
-    assert code == 0
-    assert_equal(*(load_file(folder / "weights" / "1_mamba_pkd_s1.safetensors") for folder in (both, one)))
-    assert load_file(one / "weights" / "ensemble.safetensors")["num_active"] == 1
-    assert [row.role for row in read_csv(one / "results.csv")] == ["teacher", "student", "ensemble"]
-
-
 def test_seed_decides(progressive, run):
     weights = []
     for number, flags in enumerate(([], [], ["--seed", "7"])):
@@ -241,15 +231,29 @@ def test_evaluate_without_a_run_writes_nothing(plain, run, tmp_path, capsys):
     assert not folder.exists()
 
 
-def test_evaluate_finds_the_weights_at_dst_ckpt(plain, run, tmp_path, capsys):
+def test_evaluate_finds_the_weights_at_dst_ckpt(plain, run, write, tmp_path, capsys, monkeypatch):
     plain["models"]["model"]["dst_ckpt"] = str(tmp_path / "model.pt")
     code, folder = run(plain)
     assert code == 0
     (row,) = read_csv(folder / "results.csv")
     capsys.readouterr()
-    assert run(plain, command="evaluate", output="elsewhere")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "--config", str(write(plain)), "--device", "cpu"]) == 0
     assert f"{row.top1:.2f}" in capsys.readouterr().out
-    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "runs").exists()
+    assert run(plain, command="evaluate", output="elsewhere")[0] == 2  # a folder that was named is not replaced
+    assert "elsewhere/weights/model.safetensors does not exist" in capsys.readouterr().err
+
+
+def test_evaluate_leaves_the_report_of_a_run_alone(plain, run, capsys):
+    code, folder = run(plain)
+    assert code == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run(plain, "--seed", "7", command="evaluate")[0] == 0
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "results.csv").unlink()  # as when the run was killed before its test
+    assert run(plain, command="evaluate")[0] == 0
+    assert (folder / "results.csv").exists()
 
 
 def test_evaluate_takes_the_checkpoint_it_is_given(plain, run, tmp_path, capsys):

@@ -12,6 +12,7 @@ from torchdistill.core.training import TrainingBox, get_training_box
 
 from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.distillation.stage import STAGE_WRAPPER
+from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.config import ConfigError, Job, first_line, stages
 
 Box = DistillationBox | TrainingBox
@@ -25,6 +26,7 @@ def build_box(job: Job, device: torch.device) -> Box:
     Raises:
         ConfigError: torchdistill refuses a stage, a stage names a module that is not there, or a loader has no batch.
     """
+    _check_schedule(job)
     logs = logging.getLogger("torchdistill")
     level = logs.level
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
@@ -57,6 +59,20 @@ def _rehearse(job: Job, device: torch.device) -> None:
             if len(getattr(box, name)) == 0:
                 raise ConfigError(f"train.stage{number}.{name} has no batch: is drop_last on and batch_size too large?")
     box.clean_modules()
+
+
+def _check_schedule(job: Job) -> None:
+    wrappers = [(stage.get("student") or {}).get("auxiliary_model_wrapper") for stage in stages(job.config["train"])]
+    count = sum(wrapper is not None and wrapper.get("key") == STAGE_WRAPPER for wrapper in wrappers)
+    if count == 0:
+        return
+    if job.teacher is None:
+        raise ConfigError("a progressive schedule needs a teacher: name it under models.teacher_model")
+    if isinstance(job.student, MambaPKDEnsemble) and count < len(job.student.students):
+        raise ConfigError(
+            f"the schedule has {count} stages, but the ensemble has {len(job.student.students)} students: "
+            "give both the same list"
+        )
 
 
 def _new_box(job: Job, train: dict[str, Any], device: torch.device) -> Box:

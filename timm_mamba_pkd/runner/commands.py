@@ -29,12 +29,14 @@ def run_train(args: argparse.Namespace) -> None:
     run = _run_folder(args)
     run.require_free()
     device, job, amp = _set_up(args)
-    destination = job.student_config.get("dst_ckpt")
-    if destination is not None and Path(destination).expanduser().exists():
+    destination = job.destination
+    if destination is not None and destination.exists():
         raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
+    if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
+        raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
     box = build_box(job, device)
     if destination is not None:
-        make_folder(Path(destination).expanduser().parent)
+        make_folder(destination.parent)
     run.create(args.config)
     with _logging_to(args.run_log or run.log):
         if args.log_config:
@@ -44,17 +46,19 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights and report."""
+    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights; report where a run has no report yet."""
     run = _run_folder(args)
     device, job, amp = _set_up(args)
-    checkpoint = getattr(args, "checkpoint", None) or _trained_weights(job, run)
+    checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
+    logger.info("Testing the weights in %s", checkpoint)
     try:
         load_weights(job.student, checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     with _logging_to(args.run_log) if args.run_log else nullcontext():
         rows = _test(args, job, device, amp)
-        if Path(checkpoint).parent == run.weights("").parent and not args.student_only:
+        own = checkpoint.parent == run.weights("").parent
+        if own and not args.student_only and not (run.path / "results.csv").exists():
             _report(args, run, device, rows)
 
 
@@ -62,6 +66,8 @@ def run_report(args: argparse.Namespace) -> None:
     """``mamba-pkd report``: print the table of a finished run and draw its plots again."""
     run = RunFolder(args.output)
     results = run.path / "results.csv"
+    if not results.is_file() and run.config.is_file():
+        raise ConfigError(f"the run in {run.path} has not finished: test it with: mamba-pkd evaluate")
     if not results.is_file():
         raise ConfigError(f"{run.path} holds no finished run (no results.csv): train one with: mamba-pkd train")
     try:
@@ -117,12 +123,11 @@ def _logging_to(path: str | Path) -> Iterator[None]:
         handler.close()
 
 
-def _trained_weights(job: Job, run: RunFolder) -> Path:
-    """Where a finished run left its model: the run's folder, or ``dst_ckpt`` of the config."""
+def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path:
+    """Where a run left its model: the folder given, or else the default one, or ``dst_ckpt`` of the config."""
     saved = run.weights("ensemble" if isinstance(job.student, MambaPKDEnsemble) else "model")
-    destination = job.student_config.get("dst_ckpt")
-    if not saved.exists() and destination is not None and Path(destination).expanduser().exists():
-        return Path(destination)
+    if args.output is None and not saved.exists() and job.destination is not None:
+        return job.destination
     return saved
 
 

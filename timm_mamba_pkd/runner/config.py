@@ -41,6 +41,12 @@ class Job:
         return self.config["datasets"]
 
     @property
+    def destination(self) -> Path | None:
+        """``dst_ckpt`` of the config: where the trained model goes."""
+        destination = self.student_config.get("dst_ckpt")
+        return Path(destination).expanduser() if destination else None
+
+    @property
     def student_config(self) -> dict[str, Any]:
         models = self.config["models"]
         return models["student_model"] if "student_model" in models else models["model"]

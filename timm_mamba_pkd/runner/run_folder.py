@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,25 @@ class RunFolder:
         return self.path / "weights" / f"{name}.safetensors"
 
     def require_free(self) -> None:
-        """Raise a ConfigError if another run is already here."""
-        if self.config.exists():
+        """Raise a ConfigError if a run, or anything that a run would write, is already here."""
+        written = [self.config, self.log, self.metrics, self.path / "weights", self.path / "results.csv"]
+        if any(path.exists() for path in written):
             raise ConfigError(
-                f"{self.path} already holds a run: choose another --output, "
-                f"or see it with: mamba-pkd report {self.path}"
+                f"{self.path} already holds a run, finished or not: choose another --output, or move it away"
             )
 
     def create(self, config_path: str | Path) -> None:
-        """Start a run here: make the folder, which `require_free` has found free, and keep a copy of the config."""
+        """Start a run here: make the folder and keep a copy of the config.
+
+        Raises:
+            ConfigError: the folder cannot be written, or another run has started in it since `require_free`.
+        """
         make_folder(self.path)
-        shutil.copyfile(Path(config_path).expanduser(), self.config)
+        try:
+            with self.config.open("xb") as file:
+                file.write(Path(config_path).expanduser().read_bytes())
+        except FileExistsError as error:
+            raise ConfigError(f"another run has just started in {self.path}: choose another --output") from error
 
     def log_metrics(self, **values: Any) -> None:
         """Append one line of JSON to metrics.jsonl."""

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = 
     """Train every stage of ``job`` in its ``box`` and leave metrics and weights in ``run``.
 
     Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
-    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in torchdistill's format.
+    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
+    torchdistill's format unless it is named .safetensors.
 
     Raises:
         ConfigError: a loss reads what no hook records, or a label is none of the model's classes.
@@ -47,9 +47,9 @@ def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = 
         _save(job.student, run)
         box.post_epoch_process(metrics=record["val_top1"])
     box.clean_modules()
-    destination = job.student_config.get("dst_ckpt")
-    if destination is not None:
-        save_checkpoint(job.student, Path(destination).expanduser())
+    if job.destination is not None:
+        save = save_weights if job.destination.suffix == ".safetensors" else save_checkpoint
+        save(job.student, job.destination)
     logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
 
