@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import prepare
+from timm_mamba_pkd.runner.config import ConfigError, prepare
 
 CPU = torch.device("cpu")
 
@@ -53,3 +53,15 @@ def test_loaders_are_kept_from_stage_to_stage(name, plain, build, write):
     first = build.stage(model={"forward_proc": "forward_batch_only"})
     plain["train"] = {"log_freq": 1, "stage1": first, "stage2": second}
     assert getattr(build_box(prepare(write(plain), CPU), CPU), name) is not None
+
+
+def test_a_last_batch_of_one_image(progressive, write):
+    """Batch norm cannot train on it where the grid has shrunk to 1x1; other grids and drop_last are fine."""
+    loader = progressive["train"]["init"]["kwargs"]["train_data_loader"]
+    job = prepare(write(progressive), CPU)
+    size = len(job.datasets["fake/train"])
+    loader["kwargs"] = {"batch_size": size - 1}
+    with pytest.raises(ConfigError, match=r"train.stage1: the last batch of an epoch has one image.*drop_last: True"):
+        build_box(prepare(write(progressive), CPU), CPU)
+    loader["kwargs"]["drop_last"] = True
+    build_box(prepare(write(progressive), CPU), CPU)

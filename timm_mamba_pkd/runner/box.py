@@ -1,5 +1,6 @@
 """torchdistill's box for a job, built after all of its stages have been tried."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +59,26 @@ def _rehearse(job: Job, device: torch.device) -> None:
         for name in ("train_data_loader", "val_data_loader"):
             if len(getattr(box, name)) == 0:
                 raise ConfigError(f"train.stage{number}.{name} has no batch: is drop_last on and batch_size too large?")
+        _check_last_batch(job, box, number)
     box.clean_modules()
+
+
+def _check_last_batch(job: Job, box: Any, number: int) -> None:
+    """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
+    loader = box.train_data_loader
+    if loader.drop_last or loader.batch_size is None or len(loader.dataset) % loader.batch_size != 1:
+        return
+    model = copy.deepcopy(job.student).train()
+    if isinstance(model, MambaPKDEnsemble):
+        model = model.first(int(model.num_active))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *job.input_size, device=next(model.parameters()).device))
+    except ValueError as error:
+        raise ConfigError(
+            f"train.stage{number}: the last batch of an epoch has one image, which the student cannot train on "
+            f"({first_line(error)}): set drop_last: True or another batch_size"
+        ) from error
 
 
 def _check_schedule(job: Job) -> None:
