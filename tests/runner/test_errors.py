@@ -417,3 +417,10 @@ def test_dumped_configs_are_yaml(progressive, write):
     assert "!import_call" in write(progressive).read_text()
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load(write(progressive).read_text())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_run_log_that_is_a_directory(command, plain, run, capsys, tmp_path):
+    code, folder = run(plain, "--run_log", str(tmp_path), command=command)
+    assert code == 2 and not folder.exists()
+    assert error_of(capsys) == f"--run_log {tmp_path} is a directory: name a file"

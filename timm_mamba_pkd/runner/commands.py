@@ -32,8 +32,6 @@ def run_train(args: argparse.Namespace) -> None:
     destination = job.destination
     if destination is not None and destination.exists():
         raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
-    if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
-        raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
     box = build_box(job, device)
     if destination is not None:
         make_folder(destination.parent)
@@ -89,6 +87,8 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     """Seed, device, and the job of the config; whether to use autocast."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
+    if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
+        raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
@@ -140,4 +140,4 @@ def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: bool) -
 def _report(args: argparse.Namespace, run: RunFolder, device: torch.device, rows: list[Row]) -> None:
     cpu = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     report(rows, run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, args.seed)
-    print(f"\nReport: {run.path}/results.md, results.csv, accuracy_macs.png, curves.png")
+    print(f"\nReport (tables, and plots where matplotlib is installed): {run.path}")

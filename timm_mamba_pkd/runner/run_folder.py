@@ -31,7 +31,8 @@ class RunFolder:
 
     def require_free(self) -> None:
         """Raise a ConfigError if a run, or anything that a run would write, is already here."""
-        written = [self.config, self.log, self.metrics, self.path / "weights", self.path / "results.csv"]
+        reports = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
+        written = [self.config, self.log, self.metrics, *(self.path / name for name in ("weights", *reports))]
         if any(path.exists() for path in written):
             raise ConfigError(
                 f"{self.path} already holds a run, finished or not: choose another --output, or move it away"
