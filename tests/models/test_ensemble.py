@@ -82,10 +82,10 @@ def test_waiting_students_get_no_gradient(x):
     assert has_gradient == [{True}, {True}, {False}]
 
 
-def test_combine_of_given_numbers():
+def test_combine_of_given_numbers(ensemble):
     logits = torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]], [[-1.0, 1.0]]])
     torch.testing.assert_close(
-        MambaPKDEnsemble.combine(logits), torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[1.0, 3.0]]])
+        ensemble.combine(logits), torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[1.0, 3.0]]])
     )
 
 
@@ -99,7 +99,7 @@ def test_active_out_of_range(ensemble, k):
 
 def test_checkpoints_keep_the_number_of_active_students(ensemble, x, tmp_path):
     ensemble.set_active(2)
-    assert ensemble.state_dict()["num_active"] == 2
+    assert ensemble.state_dict()["active"].tolist() == [True, True, False]
     loaded = make(in_chans=1)
     assert loaded.num_active == 3
     loaded.load_state_dict(ensemble.state_dict())
@@ -139,7 +139,7 @@ def test_default_is_all_students_in_order():
     assert model.names == tuple(STUDENTS)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
-    assert model.num_active.dtype == torch.int64
+    assert model.active.dtype == torch.bool
     sizes = [sum(p.numel() for p in student.parameters()) for student in model.students]
     assert sizes == sorted(sizes)
 

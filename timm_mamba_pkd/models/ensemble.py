@@ -1,13 +1,15 @@
 """The anytime ensemble: students s1..sN as one classifier that has an answer after every student."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
-from timm_mamba_pkd.models.mamba_pkd import STUDENTS, cfg
+from timm_mamba_pkd.models.combination import combine, uniform_weights
+from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
+from timm_mamba_pkd.models.reuse import Reuse, run_students
 
 __all__ = ["MambaPKDEnsemble"]
 
@@ -15,21 +17,30 @@ __all__ = ["MambaPKDEnsemble"]
 class MambaPKDEnsemble(nn.Module):
     """Progressively distilled students as one anytime classifier (Mamba-PKD, arXiv 2503.01727).
 
-    The prediction after k students is the mean of their logits (B-DISTIL, arXiv 2302.10093, step 5).
+    The prediction after k students is the mean of their logits (B-DISTIL, arXiv 2302.10093, step 5), or a weighted
+    sum whose weights are fitted on held-out data and belong to the state dict.
 
     Args:
         students: names of ours or of any other timm models, in the order of evaluation; they may repeat.
         num_classes, in_chans: of every student.
         img_size: image size the students are made for, (height, width) or one number.
+        combination: 'mean' of the logits, or weights 'per_student' or 'per_class' (and student), which are those of
+            the mean until they are fitted.
         drop_rate, drop_path_rate: of every student.
         device, dtype: of the parameters.
 
     Attributes:
         students: the students, evaluated in this order.
-        num_active: int64 buffer, how many students `forward` uses; part of the checkpoint.
+        active: bool buffer (N,), which students `forward` uses; part of the state dict.
+        weights: float32 buffer, see `uniform_weights`; None for the mean. Part of the state dict.
+        training_state: what a schedule hands on from stage to stage; no part of the state dict.
+        reuse: the connections of students that reuse the features of earlier ones, by position from 0.
+
+    A state dict with weights or connections brings them along: an ensemble that lacks them gets them on loading.
     """
 
-    num_active: Tensor
+    active: Tensor
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -37,6 +48,7 @@ class MambaPKDEnsemble(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         img_size: int | tuple[int, int] = 32,
+        combination: str = "mean",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -63,39 +75,100 @@ class MambaPKDEnsemble(nn.Module):
         for student in self.students:
             if hasattr(student, "set_input_size"):
                 student.set_input_size(img_size=img_size)
-        self.register_buffer("num_active", torch.tensor(len(self.students), device=device))
+        self.reuse = nn.ModuleDict()
+        self.training_state: dict[str, Any] = {}
+        self.register_buffer("active", torch.ones(len(self.students), dtype=torch.bool, device=device))
+        self.register_buffer("weights", uniform_weights(len(self.students), num_classes, combination, device))
+        self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
-    def set_active(self, k: int) -> None:
-        """Let `forward` use the first ``k`` students."""
-        if not 1 <= k <= len(self.students):
-            raise ValueError(f"k must be from 1 to {len(self.students)}, got {k}")
-        self.num_active.fill_(k)
+    def set_active(self, students: int | Iterable[int]) -> None:
+        """Let `forward` use the first ``students`` students, or those at these positions (from 0)."""
+        count = len(self.students)
+        if isinstance(students, int) and not 1 <= students <= count:
+            raise ValueError(f"k must be from 1 to {count}, got {students}")
+        positions = range(students) if isinstance(students, int) else sorted(set(students))
+        if not positions or not 0 <= positions[0] <= positions[-1] < count:
+            raise ValueError(f"active students must be positions from 0 to {count - 1}, got {students}")
+        self.active.fill_(False)
+        self.active[list(positions)] = True
 
-    def first(self, k: int) -> "FirstStudents":
+    @property
+    def active_positions(self) -> list[int]:
+        """Positions (from 0) of the active students."""
+        return self.active.nonzero()[:, 0].tolist()
+
+    @property
+    def num_active(self) -> int:
+        """How many students `forward` uses."""
+        return int(self.active.sum())
+
+    def set_combination(self, combination: str) -> None:
+        """Combine by 'mean', 'per_student' or 'per_class', with the weights of the mean."""
+        self.weights = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
+
+    def connect(self, position: int, num_sources: int) -> None:
+        """Let the student at ``position`` (from 0) reuse the features of the ``num_sources`` students before it.
+
+        Raises:
+            ValueError: there are fewer students before it, or one of them is none of ours.
+        """
+        models = list(self.students[position - num_sources : position + 1]) if num_sources <= position else []
+        if not 1 <= num_sources <= position:
+            raise ValueError(f"student {position + 1} has {position} before it, so it cannot reuse {num_sources}")
+        if not all(isinstance(model, MambaPKD) for model in models):
+            raise ValueError(f"only {', '.join(STUDENTS)} can reuse features, not {', '.join(self.names)}")
+        self.reuse[str(position)] = Reuse(models[-1], models[:-1])
+
+    def adapt_to(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take on the combination and the connections that a state dict brings along."""
+        weights = state_dict.get("weights")
+        if weights is not None and (self.weights is None or self.weights.ndim != weights.ndim):
+            self.set_combination("per_student" if weights.ndim == 2 else "per_class")
+        for name, tensor in state_dict.items():
+            if name.startswith("reuse.") and name.endswith(".projections.0.weight"):
+                position, width = int(name.split(".")[1]), 0
+                for num_sources in range(1, position + 1):
+                    width += getattr(self.students[position - num_sources], "feature_info", [{"num_chs": 0}])[0][
+                        "num_chs"
+                    ]
+                    if width == tensor.shape[1]:
+                        self.connect(position, num_sources)
+
+    def connections(self) -> list[Reuse | None]:
+        """Of each student, the connections to earlier ones or None."""
+        found: Any = dict(self.reuse.items())
+        return [found.get(str(i)) for i in range(len(self.students))]
+
+    def first(self, k: int) -> "Students":
         """The first ``k`` students as a classifier of its own, which shares their parameters."""
-        return FirstStudents(self.students[:k])
+        return Students(self, range(k))
+
+    def alone(self, position: int) -> nn.Module:
+        """The student at ``position`` (from 0) as a classifier of its own, with what it reuses of earlier ones."""
+        return Students(self, [position]) if str(position) in self.reuse else self.students[position]
+
+    def run(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the logits (B, num_classes) of each active student alone as it finishes."""
+        return run_students(self.students, self.connections(), x, self.active_positions)
 
     def student_logits(self, x: Tensor) -> Tensor:
         """Logits of each active student alone: (k, B, num_classes)."""
-        return torch.stack([student(x) for student in self.students[: int(self.num_active)]])
+        return torch.stack(list(self.run(x)))
 
-    @staticmethod
-    def combine(student_logits: Tensor) -> Tensor:
-        """Ensemble logits after each student, (k, B, num_classes), from the students' own: their running mean."""
-        counts = torch.arange(1, len(student_logits) + 1, device=student_logits.device, dtype=student_logits.dtype)
-        return student_logits.cumsum(0) / counts[:, None, None]
+    def combine(self, student_logits: Tensor) -> Tensor:
+        """Ensemble logits after each student, (k, B, num_classes), from the students' own, (k, B, num_classes)."""
+        return combine(student_logits, self.weights)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes."""
-        total = None
-        for k, student in enumerate(self.students[: int(self.num_active)], start=1):
-            logits = student(x)
-            total = logits if total is None else total + logits
-            yield k, total / k
+        done: list[Tensor] = []
+        for logits in self.run(x):
+            done.append(logits)
+            yield len(done), self.combine(torch.stack(done))[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Ensemble logits (B, num_classes) after the active students, for images (B, in_chans, H, W)."""
-        return self.student_logits(x).mean(0)
+        return self.combine(self.student_logits(x))[-1]
 
     def get_classifier(self) -> nn.ModuleList:
         return nn.ModuleList(student.get_classifier() for student in self.students)
@@ -104,6 +177,8 @@ class MambaPKDEnsemble(nn.Module):
         self.num_classes = num_classes
         for student in self.students:
             student.reset_classifier(num_classes, global_pool)
+        if self.weights is not None:
+            self.set_combination("per_student" if self.weights.ndim == 2 else "per_class")
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -120,15 +195,34 @@ class MambaPKDEnsemble(nn.Module):
         }
 
 
-class FirstStudents(nn.Module):
-    """Mean of the logits of a fixed number of students: (B, in_chans, H, W) in, (B, num_classes) out."""
+class Students(nn.Module):
+    """Some students of an ensemble as one classifier: images (B, in_chans, H, W) in, logits (B, num_classes) out.
 
-    def __init__(self, students: nn.ModuleList) -> None:
+    Their logits are combined as the ensemble combines its first ones, those of a single student are as they are.
+    """
+
+    weights: Tensor | None
+
+    def __init__(self, ensemble: MambaPKDEnsemble, positions: Sequence[int]) -> None:
         super().__init__()
-        self.students = students
+        count = positions[-1] + 1
+        self.positions = tuple(positions)
+        self.students = ensemble.students[:count]
+        self.reuse = nn.ModuleList(own or nn.Identity() for own in ensemble.connections()[:count])
+        self.register_buffer("weights", ensemble.weights if len(self.positions) == count else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([student(x) for student in self.students]).mean(0)
+        connections = [own if isinstance(own, Reuse) else None for own in self.reuse]
+        logits = torch.stack(list(run_students(self.students, connections, x, self.positions)))
+        return combine(logits, self.weights)[-1]
+
+
+def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    assert isinstance(module, MambaPKDEnsemble)
+    own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    module.adapt_to(own)
+    if module.weights is not None:
+        state_dict.setdefault(prefix + "weights", module.weights)
 
 
 default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})

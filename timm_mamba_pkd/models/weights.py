@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
+
 
 class WeightsError(ValueError):
     """A weights file that is missing, damaged, or made for another model."""
@@ -78,6 +80,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             names the first keys that differ.
     """
     found = read_weights(path)
+    if isinstance(model, MambaPKDEnsemble):
+        model.adapt_to(found)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]

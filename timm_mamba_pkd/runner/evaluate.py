@@ -39,7 +39,7 @@ def evaluate_ensemble(
     ensemble: MambaPKDEnsemble, loader: DataLoader, device: torch.device, amp: bool = False, title: str = ""
 ) -> tuple[list[float], list[float]]:
     """Top-1 of each active student alone, and of the ensemble after k students for every k, in percent."""
-    correct, total = torch.zeros(2, int(ensemble.num_active), dtype=torch.int64), 0
+    correct, total = torch.zeros(2, ensemble.num_active, dtype=torch.int64), 0
     was_training = ensemble.training
     ensemble.eval()
     for images, targets, *_ in progress(loader, title):

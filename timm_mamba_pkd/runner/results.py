@@ -47,12 +47,14 @@ def measure(job: Job, device: torch.device, amp: bool = False, student_only: boo
         _log_accuracies("student", job.topk, accuracies)
         return [*rows, row(job.student, _name(job.student_config), "student", 1, accuracies[0])]
 
-    ensemble, active = job.student, int(job.student.num_active)
+    ensemble = job.student
     alone, together = evaluate_ensemble(ensemble, loader, device, amp, "test students")
-    for k in range(1, active + 1):
-        rows.append(row(ensemble.students[k - 1], ensemble.names[k - 1], "student", k, alone[k - 1]))
-    for k in range(1, active + 1):
-        rows.append(row(ensemble.first(k), f"ensemble_{k}", "ensemble", k, together[k - 1]))
+    positions = ensemble.active_positions
+    for i, top1 in zip(positions, alone, strict=True):
+        rows.append(row(ensemble.alone(i), ensemble.names[i], "student", i + 1, top1))
+    if len(positions) == positions[-1] + 1:
+        for k, top1 in enumerate(together, start=1):
+            rows.append(row(ensemble.first(k), f"ensemble_{k}", "ensemble", k, top1))
     return rows
 
 

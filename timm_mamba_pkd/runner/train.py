@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner.box import Box
 from timm_mamba_pkd.runner.config import ConfigError, Job
@@ -31,10 +32,15 @@ def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = 
     if amp:
         _keep_logits_in_float32(job)
     started = time.perf_counter()
-    for epoch in range(box.num_epochs):
+    box.can_extend = True  # pyright: ignore[reportAttributeAccessIssue]  (a stage may be trained again)
+    epoch = 0
+    while epoch < box.num_epochs:
         stage = getattr(box, "stage_number", 1)
         box.pre_epoch_process(epoch=epoch)
         record = _train_one_epoch(job, box, device, amp, epoch)
+        if isinstance(job.student, MambaPKDEnsemble) and epoch + 1 == getattr(box, "stage_end_epoch", None):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                finish_stage(box)
         record |= _validate(job, box, device, amp)
         lr = box.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportOptionalMemberAccess]
         run.log_metrics(stage=stage, epoch=epoch, lr=lr, **record)
@@ -44,8 +50,9 @@ def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = 
             stage, epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
         )  # fmt: skip
-        _save(job.student, run)
+        _save(job.student, box, run)
         box.post_epoch_process(metrics=record["val_top1"])
+        epoch += 1
     box.clean_modules()
     if job.destination is not None:
         save = save_weights if job.destination.suffix == ".safetensors" else save_checkpoint
@@ -86,25 +93,33 @@ def _train_one_epoch(job: Job, box: Box, device: torch.device, amp: bool, epoch:
 
 def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
     loader: Any = box.val_data_loader
-    if isinstance(job.student, MambaPKDEnsemble):
-        alone, together = evaluate_ensemble(job.student, loader, device, amp, "validation")
-        name = job.student.names[len(alone) - 1]
-        return {"student": name, "val_top1": together[-1], "val_top1_student": alone[-1]}
+    if not isinstance(job.student, MambaPKDEnsemble):
+        top1 = evaluate(job.student, loader, device, (1,), amp, "validation")[0]
+        return {"student": None, "val_top1": top1, "val_top1_student": None}
+    ensemble, wrapper = job.student, getattr(box, "student_model", None)
+    alone, together = evaluate_ensemble(ensemble, loader, device, amp, "validation")
+    position = wrapper.position if isinstance(wrapper, StageWrapper) else ensemble.active_positions[-1]
+    verdict = wrapper.verdict if isinstance(wrapper, StageWrapper) else None
     return {
-        "student": None,
-        "val_top1": evaluate(job.student, loader, device, (1,), amp, "validation")[0],
-        "val_top1_student": None,
+        "student": ensemble.names[position],
+        "val_top1": together[-1],
+        "val_top1_student": alone[ensemble.active_positions.index(position)],
+        **({} if verdict is None else {"verdict": verdict.message, "passed": verdict.passed, **verdict.metrics}),
     }
 
 
-def _save(model: nn.Module, run: RunFolder) -> None:
-    """The whole model, and for an ensemble also the student in training, under its position and name."""
-    if isinstance(model, MambaPKDEnsemble):
-        k = int(model.num_active)
-        save_weights(model.students[k - 1], run.weights(f"{k}_{model.names[k - 1]}"))
-        save_weights(model, run.weights("ensemble"))
-    else:
+def _save(model: nn.Module, box: Box, run: RunFolder) -> None:
+    """The whole model, and for an ensemble also the student in training, under its position and name, and the rule."""
+    if not isinstance(model, MambaPKDEnsemble):
         save_weights(model, run.weights("model"))
+        return
+    wrapper = getattr(box, "student_model", None)
+    if isinstance(wrapper, StageWrapper):
+        student = model.alone(wrapper.position)
+        save_weights(student, run.weights(f"{wrapper.position + 1}_{model.names[wrapper.position]}"))
+        if wrapper.rule.state_dict():
+            save_weights(wrapper.rule, run.weights("rule"))
+    save_weights(model, run.weights("ensemble"))
 
 
 def _keep_logits_in_float32(job: Job) -> None:

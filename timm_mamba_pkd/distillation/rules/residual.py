@@ -1,14 +1,12 @@
 """Each student fits what the teacher minus the ensemble so far leaves."""
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchdistill.losses.registry import register_mid_level_loss
-
-from timm_mamba_pkd.distillation.rules.rule import Rule
+from timm_mamba_pkd.distillation.rules.distil import require, soft_loss
+from timm_mamba_pkd.distillation.rules.rule import Batch, Rule, register_rule
 
 
+@register_rule("residual")
 class Residual(Rule):
     """Student k's soft targets are the teacher's logits plus what the first k - 1 students leave of them.
 
@@ -26,45 +24,16 @@ class Residual(Rule):
     sees_earlier = True
 
     def __init__(self, weight: float = 0.5, temperature: float = 4.0, step: float = 1.0) -> None:
-        if not weight > 0:
-            raise ValueError(f"residual: weight must be positive, got {weight}")
-        if not temperature > 0:
-            raise ValueError(f"residual: temperature must be positive, got {temperature}")
-        if not 0 <= step <= 1:
-            raise ValueError(f"residual: step must be from 0 to 1, got {step}")
+        super().__init__()
+        require(weight > 0, "residual", "weight", "positive", weight)
+        require(temperature > 0, "residual", "temperature", "positive", temperature)
+        require(0 <= step <= 1, "residual", "step", "from 0 to 1", step)
         self.weight = weight
         self.temperature = temperature
         self.step = step
 
-    def loss_terms(self, stage: int) -> dict[str, dict[str, Any]]:
-        kwargs = {"gain": self.step * (stage - 1), "temperature": self.temperature}
-        return {"residual": {"criterion": {"key": "mamba_pkd_residual", "kwargs": kwargs}, "weight": self.weight}}
-
-
-@register_mid_level_loss(key="mamba_pkd_residual")
-class ResidualLoss(nn.Module):
-    """KL divergence from the residual target ``g + gain (g - F)`` to the student, at a temperature, times its square.
-
-    g are the teacher's logits, F the earlier students' ensemble logits, each (B, C); the result is the mean over B.
-    """
-
-    def __init__(self, gain: float, temperature: float) -> None:
-        super().__init__()
-        self.gain = gain
-        self.temperature = temperature
-
-    def forward(
-        self,
-        student_io_dict: dict[str, dict[str, Tensor]],
-        teacher_io_dict: dict[str, dict[str, Tensor]],
-        targets: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        student = student_io_dict["."]["output"]
-        teacher = teacher_io_dict["."]["output"]
-        target = teacher
-        if self.gain > 0:
-            target = teacher + self.gain * (teacher - student_io_dict[Rule.EARLIER]["output"].to(teacher.dtype))
-        t = self.temperature
-        log_p = F.log_softmax(student / t, dim=-1)
-        return t * t * F.kl_div(log_p, F.log_softmax(target / t, dim=-1), reduction="batchmean", log_target=True)
+    def loss(self, batch: Batch) -> Tensor:
+        target = batch.teacher
+        if len(batch.earlier):
+            target = target + self.step * (batch.stage - 1) * (target - batch.earlier.mean(0))
+        return self.weight * soft_loss(batch.student, target, self.temperature)

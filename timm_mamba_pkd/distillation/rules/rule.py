@@ -1,21 +1,141 @@
 """What a progressive rule is: the one interface of this room."""
 
-from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+from torchdistill.losses.registry import register_mid_level_loss
 
-class Rule(ABC):
-    """How stage k's student is related to the teacher and to the students before it.
 
-    A rule adds terms to the loss of a stage, in torchdistill's own configuration language, beside the terms that the
-    user's ``criterion`` has. Losses find the current student's logits under the path ``.``, the teacher's likewise,
-    and, if ``sees_earlier``, the ensemble logits of the students before it under `EARLIER`.
+@dataclass(frozen=True)
+class Batch:
+    """What a rule sees of a training batch in stage k; logits are float32, none but the student's carry gradients.
+
+    Attributes:
+        student: logits (B, C) of the student in training.
+        teacher: the teacher's logits (B, C).
+        earlier: logits (k - 1, B, C) of the students trained before, in the order of training.
+        targets: labels (B,), int64; or shares of the classes (B, C), float32, with mixup and cutmix.
+        index: the samples' indices in the training set (B,), int64.
+        stage: k, from 1.
     """
 
-    EARLIER = "earlier"
+    student: Tensor
+    teacher: Tensor
+    earlier: Tensor
+    targets: Tensor
+    index: Tensor
+    stage: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of a finished stage.
+
+    Attributes:
+        passed: False asks for the student to be trained again, with connections to earlier students' features.
+        metrics: numbers to log and report, by name.
+        message: one line for the log.
+    """
+
+    passed: bool
+    metrics: dict[str, float]
+    message: str
+
+
+class Rule(nn.Module):
+    """How a stage's student is related to the teacher and to the students before it.
+
+    A rule is a subclass in a file of its own, named in YAML as ``rule: its_name`` or ``rule: {key: its_name, kwargs:
+    {...}}``, where ``its_name`` is what `register_rule` was given; a rule of a third party needs its module under
+    ``dependencies`` as well. Parameters are the constructor's; out-of-range values raise a ValueError. State that lasts
+    from stage to stage is kept in buffers, which are saved with the run. `timm_mamba_pkd.distillation.rules.contract`
+    tests a rule.
+
+    Attributes:
+        sees_earlier: whether `loss` reads ``batch.earlier``; if not, the earlier students do not run.
+        adds_loss: False if the user's criterion is all there is and `loss` is never called.
+        largest_first: train the ensemble's students from the last to the first.
+        judges: whether `finish_stage` wants the logits of the whole training set after each stage.
+        max_retries: how often a student whose verdict is not passed is trained again, each time with connections to
+            one more of the students before it.
+    """
 
     sees_earlier: bool = False
+    adds_loss: bool = True
+    largest_first: bool = False
+    judges: bool = False
+    max_retries: int = 0
 
-    @abstractmethod
-    def loss_terms(self, stage: int) -> dict[str, dict[str, Any]]:
-        """Terms for stage ``stage`` (1-based): name to ``{criterion: {key, kwargs}, weight}``."""
+    def order(self, num_students: int) -> list[int]:
+        """Positions (from 0) of the ensemble's students in the order of training."""
+        order = list(range(num_students))
+        return order[::-1] if self.largest_first else order
+
+    def start(self, num_samples: int, num_classes: int) -> None:
+        """Called before the first stage: make the buffers."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The rule's own term of the loss (a scalar, added to the user's criterion)."""
+        raise NotImplementedError
+
+    def finish_stage(self, student: Tensor, teacher: Tensor, stage: int) -> Verdict:
+        """Called after a stage if the rule ``judges``.
+
+        Args:
+            student, teacher: logits (N, C) of the student just trained and of the teacher, float32, on view 0 of every
+                training sample, by index.
+            stage: k, from 1.
+        """
+        raise NotImplementedError
+
+    def accept_stage(self, student: Tensor, teacher: Tensor, stage: int) -> None:
+        """Called after `finish_stage` when the student is kept, passed or not: update the weights of the samples."""
+
+
+RULES: dict[str, type[Rule]] = {}
+
+
+def register_rule(name: str) -> Any:
+    """Class decorator that makes a rule known to YAML under ``name``.
+
+    Raises:
+        ValueError: the name is taken, or the class is no `Rule`.
+    """
+
+    def register(cls: type[Rule]) -> type[Rule]:
+        if not (isinstance(cls, type) and issubclass(cls, Rule)):
+            raise ValueError(f"rule {name}: {cls!r} is no subclass of Rule")
+        known = RULES.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"rule {name} is taken by {known.__module__}.{known.__qualname__}: choose another name")
+        RULES[name] = cls
+        return cls
+
+    return register
+
+
+@register_mid_level_loss(key="mamba_pkd_rule")
+class RuleLoss(nn.Module):
+    """The loss of the stage's rule, as one of torchdistill's: `StageWrapper` hands over rule and batch."""
+
+    IO = "mamba_pkd_rule"
+
+    def forward(
+        self,
+        student_io_dict: dict[str, dict[str, Any]],
+        teacher_io_dict: dict[str, dict[str, Any]],
+        targets: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        seen = student_io_dict[self.IO]
+        student = student_io_dict["."]["output"].float()
+        batch = Batch(
+            student=student,
+            teacher=teacher_io_dict["."]["output"].detach().float(),
+            earlier=seen["earlier"],
+            targets=targets,
+            index=seen["index"].to(student.device),
+            stage=seen["stage"],
+        )
+        return seen["rule"].loss(batch)

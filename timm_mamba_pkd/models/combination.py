@@ -1,0 +1,75 @@
+"""How an ensemble's prediction is made of its students' logits: the mean, or weights fitted on held-out data."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+COMBINATIONS = ("mean", "per_student", "per_class")
+
+
+def uniform_weights(
+    num_students: int, num_classes: int, combination: str, device: torch.device | None = None
+) -> Tensor | None:
+    """Weights that make `combine` the running mean: None for 'mean', else row k - 1 holds 1/k for the first k students.
+
+    Shape (N, N) for 'per_student', (N, N, num_classes) for 'per_class'; float32.
+
+    Raises:
+        ValueError: no such combination.
+    """
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"combination must be {', '.join(COMBINATIONS[:-1])} or {COMBINATIONS[-1]}, got {combination!r}"
+        )
+    if combination == "mean":
+        return None
+    rows = torch.ones(num_students, num_students, device=device).tril()
+    rows = rows / rows.sum(1, keepdim=True)
+    return rows if combination == "per_student" else rows[:, :, None].repeat(1, 1, num_classes)
+
+
+def combine(student_logits: Tensor, weights: Tensor | None) -> Tensor:
+    """Ensemble logits after each student, (k, B, C), from the students' own, (k, B, C).
+
+    Args:
+        student_logits: of k students, in the order of evaluation.
+        weights: None for the mean, or as `uniform_weights` makes them; the first k rows are used.
+    """
+    k = len(student_logits)
+    if weights is None:
+        counts = torch.arange(1, k + 1, device=student_logits.device, dtype=student_logits.dtype)
+        return student_logits.cumsum(0) / counts[:, None, None]
+    weights = weights[:k, :k].to(student_logits.dtype)
+    if weights.ndim == 2:
+        weights = weights[:, :, None]
+    return torch.einsum("ktc,tbc->kbc", weights.expand(k, k, student_logits.shape[-1]), student_logits)
+
+
+def fit_weights(student_logits: Tensor, targets: Tensor, per_class: bool, penalty: float = 0.1) -> Tensor:
+    """Weights (k,), or (k, C) if ``per_class``, of k students' logits that predict held-out labels best.
+
+    They minimise cross-entropy plus ``penalty`` times the mean squared distance of ``k w`` from 1, so that few samples
+    leave the mean as it is. Both terms are convex; L-BFGS, in float64.
+
+    Args:
+        student_logits: (k, N, C).
+        targets: int64 labels (N,).
+        per_class: a weight for each student and class instead of one for each student.
+        penalty: strength of the pull towards the mean, in nats; 0.1 was chosen once and for all.
+    """
+    logits = student_logits.detach().double()
+    k, _, num_classes = logits.shape
+    scale = torch.ones(k, num_classes if per_class else 1, dtype=torch.double, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        combined = (scale[:, None] / k * logits).sum(0)
+        loss = F.cross_entropy(combined, targets) + penalty * (scale - 1).square().mean()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    weights = (scale.detach() / k).float()
+    return weights if per_class else weights[:, 0]

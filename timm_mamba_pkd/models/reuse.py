@@ -1,0 +1,72 @@
+"""Connections by which a student reuses the features of students before it (B-DISTIL, arXiv 2302.10093, step 3)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_mamba_pkd.models.mamba_pkd import MambaPKD
+
+
+class Reuse(nn.Module):
+    """One 1x1 convolution per stage, from the concatenated features of earlier students to this student's.
+
+    The convolutions start at zero, so that a student starts as it is without them.
+
+    Args:
+        student: the student that reuses.
+        sources: the students whose features it reuses.
+    """
+
+    def __init__(self, student: MambaPKD, sources: Sequence[MambaPKD]) -> None:
+        super().__init__()
+        widths = [[stage["num_chs"] for stage in model.feature_info] for model in (*sources, student)]
+        like: Any = next(student.parameters())
+        self.num_sources = len(sources)
+        self.projections = nn.ModuleList(
+            nn.Conv2d(sum(width[:-1]), width[-1], 1, bias=False, device=like.device, dtype=like.dtype)
+            for width in zip(*widths, strict=True)
+        )
+        for projection in self.projections:
+            nn.init.zeros_(projection.weight)  # pyright: ignore[reportArgumentType]
+
+
+def run_students(
+    students: Sequence[nn.Module], reuse: Sequence[Reuse | None], x: Tensor, positions: Iterable[int]
+) -> Iterator[Tensor]:
+    """Yield the logits (B, C) of the students at ``positions``, each as it finishes; features are computed once.
+
+    Args:
+        students: in the order of evaluation.
+        reuse: of each student, its connections or None.
+        x: images (B, in_chans, H, W).
+        positions: the students wanted, from 0, ascending; others run only where these reuse their features.
+    """
+    shared = {source for i, own in enumerate(reuse) if own is not None for source in range(i - own.num_sources, i)}
+    features: dict[int, list[Tensor]] = {}
+
+    def features_of(i: int) -> list[Tensor]:
+        if i not in features:
+            own = reuse[i]
+            sources = [features_of(j) for j in range(i - own.num_sources, i)] if own is not None else []
+            features[i] = _features(students[i], x, own, sources)
+        return features[i]
+
+    for i in positions:
+        student: Any = students[i]
+        if reuse[i] is None and i not in shared:
+            yield student(x)
+        else:
+            yield student.forward_head(student.norm(features_of(i)[-1]))
+
+
+def _features(student: Any, x: Tensor, own: Reuse | None, sources: list[list[Tensor]]) -> list[Tensor]:
+    features = []
+    x = student.stem(x)
+    for i, stage in enumerate(student.stages):
+        x = stage(x)
+        if own is not None:
+            x = x + own.projections[i](torch.cat([source[i] for source in sources], 1))
+        features.append(x)
+    return features
