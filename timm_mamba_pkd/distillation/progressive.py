@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm_mamba_pkd.distillation.procs import POST_EPOCH, PRE_EPOCH
-from timm_mamba_pkd.distillation.stage import CACHED_TEACHER, STAGE_WRAPPER, build_rule
+from timm_mamba_pkd.distillation.rules import build_rule
+from timm_mamba_pkd.distillation.stage import CACHED_TEACHER, STAGE_WRAPPER
 from timm_mamba_pkd.distillation.views import VIEWS, check_views
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def progressive(
         num_epochs, train_data_loader, val_data_loader, optimizer, scheduler, criterion, teacher, student: a stage's
             sections in torchdistill's own terms, used for every stage. ``teacher`` and ``student`` may be left out
             unless losses need hooks.
-        rule: name of the progressive rule (``independent``, ``residual``, ``bdistil``, ``assistant`` or a third
-            party's), or ``{key: name, kwargs: {...}}``. Its loss is added to ``criterion``'s ``sub_terms``.
+        rule: name of the progressive rule (``independent``, ``residual``, ``bdistil``, ``assistant``) or
+            import path of a `Rule` of anybody's, or ``{key: name, kwargs: {...}}``. Its loss is added to ``criterion``'s ``sub_terms``.
         views: the replayable augmented views of the training set: ``num_views`` (default: ``num_epochs``, so that a
             stage sees each view once), ``seed``, ``mixup_alpha``, ``cutmix_alpha``, ``num_classes``; see `Views`.
         cache_dir: folder where the logits of the teacher and of earlier students on these views are kept, so that each

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from torchdistill.models.registry import register_auxiliary_model_wrapper
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
-from timm_mamba_pkd.distillation.bridges import unknown_name
 from timm_mamba_pkd.distillation.logits_cache import CachedModel
-from timm_mamba_pkd.distillation.rules import RULES, Rule, Verdict
-from timm_mamba_pkd.distillation.rules.rule import RuleLoss
+from timm_mamba_pkd.distillation.rules import Rule, RuleLoss, Verdict, build_rule
 from timm_mamba_pkd.distillation.views import Views
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.models.reuse import run_students
@@ -173,21 +171,3 @@ class CachedTeacher(AuxiliaryModelWrapper):
 
     def forward(self, x: Tensor, supp_dict: dict[str, Tensor] | None = None) -> Tensor:
         return self.teacher(x) if self.cached is None else self.cached(x, supp_dict)
-
-
-def build_rule(config: str | dict[str, Any]) -> Rule:
-    """The rule that YAML names: a name, or ``{key: name, kwargs: {...}}``.
-
-    Raises:
-        ValueError: no such rule, or parameters that it does not have or that are out of range.
-    """
-    config = {"key": config} if isinstance(config, str) else config
-    if not isinstance(config, dict) or not {"key"} <= set(config) <= {"key", "kwargs"}:
-        raise ValueError(f"progressive: rule must be a name or {{key: name, kwargs: {{...}}}}, got {config!r}")
-    name, kwargs = config["key"], config.get("kwargs") or {}
-    if name not in RULES:
-        raise ValueError(unknown_name("rule", name, RULES))
-    try:
-        return RULES[name](**kwargs)
-    except TypeError as error:
-        raise ValueError(f"rule {name}: {error}") from error

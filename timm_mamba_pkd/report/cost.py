@@ -44,8 +44,12 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def count_params(model: nn.Module) -> int:
-    """Count the elements of the parameters of `model`, frozen ones included, shared ones once, buffers not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Count the elements of the parameters that `model` saves, frozen ones included, shared ones once, buffers not.
+
+    What serves training only, and is therefore left out of the state dict, does not count.
+    """
+    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in saved.values() if isinstance(tensor, nn.Parameter))
 
 
 def measure_latency(

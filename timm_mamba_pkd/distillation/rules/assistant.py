@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from timm_mamba_pkd.distillation.rules.distil import require, soft_loss
-from timm_mamba_pkd.distillation.rules.rule import Batch, Rule, register_rule
+from timm_mamba_pkd.distillation.rules.rule import Batch, Rule
 
 
-@register_rule("assistant")
 class Assistant(Rule):
     """Teacher assistants (arXiv 1902.03393): the largest student learns from the teacher, each smaller one from the one
     before it. The ensemble still evaluates the smallest first.

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from timm_mamba_pkd.distillation.rules.distil import require
-from timm_mamba_pkd.distillation.rules.rule import Batch, Rule, Verdict, register_rule
+from timm_mamba_pkd.distillation.rules.rule import Batch, Rule, Verdict
 
 
-@register_rule("bdistil")
 class BDistil(Rule):
     """B-DISTIL, progressive ensemble distillation (arXiv 2302.10093).
 

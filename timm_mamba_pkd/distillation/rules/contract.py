@@ -6,7 +6,7 @@ For instance, in a third party's pytest file::
 
     @pytest.mark.parametrize("check", contract.CHECKS)
     def test_my_rule(check):
-        check("my_rule")        # or check({"key": "my_rule", "kwargs": {...}})
+        check("my_package.my_rule.MyRule")  # or check({"key": ..., "kwargs": {...}})
 
 A check raises an AssertionError that says what is wrong.
 """
@@ -16,18 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from timm_mamba_pkd.distillation.rules.rule import RULES, Batch, Rule, Verdict
+from timm_mamba_pkd.distillation.rules import Batch, Rule, Verdict, build_rule
 
 SAMPLES, CLASSES, STAGES = 12, 3, 3
 
 
 def has_sound_attributes(config: str | dict[str, Any]) -> None:
-    """The rule is registered, a fresh Rule on every call, and its order names every student once."""
-    rule, other = _build(config), _build(config)
-    assert isinstance(rule, Rule), f"{type(rule).__name__} is no Rule"
+    """A rule is made afresh on every call, and its order names every student once."""
+    rule, other = build_rule(config), build_rule(config)
     assert rule is not other, "two schedules would share a rule"
     for n in (1, 2, 7):
         assert sorted(rule.order(n)) == list(range(n)), f"order({n}) must name each of {n} students once"
@@ -107,16 +106,9 @@ CHECKS: list[Callable[[str | dict[str, Any]], None]] = [
 ]
 
 
-def _build(config: str | dict[str, Any]) -> Rule:
-    config = {"key": config} if isinstance(config, str) else config
-    assert config["key"] in RULES, f"{config['key']} is not registered: decorate its class with @register_rule"
-    return RULES[config["key"]](**(config.get("kwargs") or {}))
-
-
 def _started(config: str | dict[str, Any]) -> Rule:
-    rule = _build(config)
+    rule = build_rule(config)
     rule.start(SAMPLES, CLASSES)
-    assert isinstance(rule, nn.Module)
     return rule
 
 

@@ -3,10 +3,9 @@
 from torch import Tensor
 
 from timm_mamba_pkd.distillation.rules.distil import require, soft_loss
-from timm_mamba_pkd.distillation.rules.rule import Batch, Rule, register_rule
+from timm_mamba_pkd.distillation.rules.rule import Batch, Rule
 
 
-@register_rule("residual")
 class Residual(Rule):
     """Student k's soft targets are the teacher's logits plus what the first k - 1 students leave of them.
 

@@ -46,11 +46,10 @@ class Verdict:
 class Rule(nn.Module):
     """How a stage's student is related to the teacher and to the students before it.
 
-    A rule is a subclass in a file of its own, named in YAML as ``rule: its_name`` or ``rule: {key: its_name, kwargs:
-    {...}}``, where ``its_name`` is what `register_rule` was given; a rule of a third party needs its module under
-    ``dependencies`` as well. Parameters are the constructor's; out-of-range values raise a ValueError. State that lasts
-    from stage to stage is kept in buffers, which are saved with the run. `timm_mamba_pkd.distillation.rules.contract`
-    tests a rule.
+    A rule is a subclass in a file of its own, named in YAML by one line: ``rule: residual`` for one of ours, ``rule:
+    my_package.my_rule.MyRule`` for anybody's, ``rule: {key: ..., kwargs: {...}}`` with parameters, which are the
+    constructor's; values out of range raise a ValueError. State that lasts from stage to stage is kept in buffers,
+    which are saved with the run. `timm_mamba_pkd.distillation.rules.contract` tests a rule.
 
     Attributes:
         sees_earlier: whether `loss` reads ``batch.earlier``; if not, the earlier students do not run.
@@ -91,28 +90,6 @@ class Rule(nn.Module):
 
     def accept_stage(self, student: Tensor, teacher: Tensor, stage: int) -> None:
         """Called after `finish_stage` when the student is kept, passed or not: update the weights of the samples."""
-
-
-RULES: dict[str, type[Rule]] = {}
-
-
-def register_rule(name: str) -> Any:
-    """Class decorator that makes a rule known to YAML under ``name``.
-
-    Raises:
-        ValueError: the name is taken, or the class is no `Rule`.
-    """
-
-    def register(cls: type[Rule]) -> type[Rule]:
-        if not (isinstance(cls, type) and issubclass(cls, Rule)):
-            raise ValueError(f"rule {name}: {cls!r} is no subclass of Rule")
-        known = RULES.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"rule {name} is taken by {known.__module__}.{known.__qualname__}: choose another name")
-        RULES[name] = cls
-        return cls
-
-    return register
 
 
 @register_mid_level_loss(key="mamba_pkd_rule")
