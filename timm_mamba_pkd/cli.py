@@ -1,4 +1,4 @@
-"""The ``mamba-pkd`` command: ``train``, ``evaluate``, ``report``."""
+"""The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``."""
 
 import argparse
 import sys
@@ -26,12 +26,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
 
+    check = commands.add_parser("check", parents=[run], help="try a config without training: seconds instead of hours")
+    check.set_defaults(action=runner.run_check)
     train = commands.add_parser("train", parents=[run], help="train a config's model, or distil its students")
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
     evaluate.set_defaults(action=runner.run_evaluate)
+    expand = commands.add_parser("expand", help="print the torchdistill YAML that a progressive schedule stands for")
+    expand.add_argument("--config", required=True, help="yaml file path")
+    expand.set_defaults(action=runner.run_expand)
     report = commands.add_parser("report", help="print a run's table and draw its plots again")
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
@@ -39,11 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; a user's error is one line on stderr and exit code 2."""
+    """Run the command; a user's errors are one line each on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
     try:
         args.action(args)
     except (runner.ConfigError, FloatingPointError) as error:
-        print(f"mamba-pkd: error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2
     return 0

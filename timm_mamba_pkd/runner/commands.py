@@ -16,12 +16,39 @@ from torchdistill.misc.log import set_basic_log_config
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import ConfigError, Job, first_line, prepare
+from timm_mamba_pkd.runner.check import check, duration, require_space, size
+from timm_mamba_pkd.runner.config import Job, prepare
+from timm_mamba_pkd.runner.errors import ConfigError, first_line
+from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.train import train
 
 logger = logging.getLogger(__name__)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """``mamba-pkd check``: all that ``train`` checks before it trains, and what the run will take."""
+    run = _run_folder(args)
+    device, job, amp = _set_up(args)
+    estimates = check(job, device, amp)
+    needed, free = require_space(job, run.path, estimates)
+    print(job.source.path)
+    for number, stage in enumerate(estimates, start=1):
+        student = stage.student or job.student_config["key"]
+        print(
+            f"  stage {number}: {student}, {stage.epochs} epochs of {stage.steps} steps of "
+            f"{1000 * stage.seconds_per_step:.0f} ms, about {duration(stage.seconds)}"
+        )
+    total = sum(stage.seconds for stage in estimates)
+    print(f"  time: about {duration(total)} on {device} for the training steps alone")
+    print(f"  disk: about {size(needed)} of {size(free)} that are free for {run.path}")
+    print("config OK")
+
+
+def run_expand(args: argparse.Namespace) -> None:
+    """``mamba-pkd expand``: print the torchdistill YAML that a progressive schedule stands for."""
+    print(expand(args.config), end="")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -32,6 +59,7 @@ def run_train(args: argparse.Namespace) -> None:
     destination = job.destination
     if destination is not None and destination.exists():
         raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
+    require_space(job, run.path, check(job, device, amp))
     box = build_box(job, device)
     if destination is not None:
         make_folder(destination.parent)
@@ -100,6 +128,8 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
     job = prepare(args.config, device)
+    for warning in job.warnings:
+        logger.warning(warning)
     if args.channels_last:
         for model in (job.teacher, job.student):
             if model is not None:

@@ -1,11 +1,9 @@
 """From a YAML file to checked data sets and models: every error a user can make is said before compute is spent."""
 
-import re
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 
 import torch
 from torch import nn
@@ -50,9 +48,13 @@ class Job:
         return Path(destination).expanduser() if destination else None
 
     @property
+    def student_role(self) -> str:
+        """Where the student stands under ``models``."""
+        return "student_model" if "student_model" in self.config["models"] else "model"
+
+    @property
     def student_config(self) -> dict[str, Any]:
-        models = self.config["models"]
-        return models["student_model"] if "student_model" in models else models["model"]
+        return self.config["models"][self.student_role]
 
 
 def prepare(config_path: str | Path, device: torch.device) -> Job:
@@ -159,12 +161,7 @@ def _build(models: dict[str, Any], role: str) -> nn.Module:
         return build_model(models[role])
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, TypeError) else error
-        message = explain(cause)
-        for key in ("src_ckpt", "key", "model_name", *(models[role].get("kwargs") or {})):
-            value = models[role].get(key, (models[role].get("kwargs") or {}).get(key))
-            if re.search(rf"\b{re.escape(key)}\b", message) or (isinstance(value, str) and value in message):
-                raise ConfigError(f"models.{role}: {message}", at=("models", role, key)) from error
-        raise ConfigError(f"models.{role}: {message}", at=("models", role)) from error
+        raise ConfigError(f"models.{role}: {explain(cause)}", at=("models", role)) from error
 
 
 def _sample(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timm_mamba_pkd.runner.config import ConfigError
+from timm_mamba_pkd.runner.errors import ConfigError
 
 
 class RunFolder:

@@ -1,0 +1,318 @@
+"""``mamba-pkd check``, and what ``train`` does first: every stage is tried with one batch; nothing is left of it."""
+
+import copy
+import dataclasses
+import logging
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchdistill.common.module_util import get_module
+
+from timm_mamba_pkd.distillation import StageWrapper
+from timm_mamba_pkd.distillation.stage import STAGE_WRAPPER
+from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.box import build_box
+from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
+
+SLOW = 2.0
+"""Seconds after which a first step is not repeated for a better measurement."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage of a run: its student (of a progressive schedule), its length, and what it will take, roughly."""
+
+    student: str | None
+    epochs: int
+    steps: int
+    seconds_per_step: float
+    cache_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the training steps, without data loading, validation and test."""
+        return self.epochs * self.steps * self.seconds_per_step
+
+
+def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstimate]:
+    """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
+
+    It works on copies and puts the random number generators back: a run is the same with and without it.
+
+    Raises:
+        ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
+            parameter that it does not read or a path that no hook records, a loader has no batch, ...
+    """
+    logs = logging.getLogger("torchdistill")
+    level = logs.level
+    logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
+    try:
+        with job.source.locating(), _same_random_numbers(device):
+            _check_schedule(job)
+            return list(_try_stages(_copy(job, amp), device, amp))
+    finally:
+        logs.setLevel(level)
+
+
+def run_bytes(job: Job) -> int:
+    """What the weights files of a run take on disk."""
+    model = sum(tensor.numel() * tensor.element_size() for tensor in job.student.state_dict().values())
+    return model * (1 + isinstance(job.student, MambaPKDEnsemble) + (job.destination is not None))
+
+
+def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tuple[int, int]:
+    """Bytes that a run in ``folder`` writes, and that are free there.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    needed = run_bytes(job) + sum(stage.cache_bytes for stage in estimates)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(f"the run needs about {size(needed)}, but only {size(free)} are free in {existing}")
+    return needed, free
+
+
+def size(number: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
+
+
+def _copy(job: Job, amp: bool) -> Job:
+    """The job with its own models and ``train`` section, and of that only the stages: the rest writes files."""
+    train = job.config["train"]
+    train = {key: train[key] for key in train if key.startswith("stage")} or train
+    teacher, student, train = copy.deepcopy((job.teacher, job.student, train))
+    trial = dataclasses.replace(job, teacher=teacher, student=student, config={**job.config, "train": train})
+    for model in (teacher, student) if amp else ():
+        if model is not None:
+            model.register_forward_hook(lambda module, args, output: output.float())  # as `train` does
+    return trial
+
+
+def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEstimate]:
+    box: Any = None
+    for number, stage in enumerate(stages(job.config["train"]), start=1):
+        name = f"stage{number}"
+        at = ("train", name)
+        with _explaining(name):
+            _check_files(stage)
+            _check_module_paths(job, stage)
+            if box is None:
+                box = build_box(job, device)
+                box.rehearsing = True  # no caches are opened
+            else:
+                box.current_epoch = box.stage_end_epoch
+                box.advance_to_next_stage()
+        _check_ignored(box, stage, name)
+        for loader in ("train_data_loader", "val_data_loader"):
+            if len(getattr(box, loader)) == 0:
+                message = f"train.{name}.{loader} has no batch: is drop_last on and batch_size too large?"
+                raise ConfigError(message, at=(*at, loader))
+        _check_last_batch(job, box, name)
+        with _explaining(name):
+            box.pre_epoch_process(epoch=getattr(box, "current_epoch", 0))
+        batch = _first_batch(box.train_data_loader, name)
+        seconds = _try_step(job, box, batch, device, amp, name)
+        if seconds < SLOW:
+            seconds = _try_step(job, box, batch, device, amp, name)
+        wrapper = getattr(box, "student_model", None)
+        yield StageEstimate(
+            student=wrapper.ensemble.names[wrapper.position] if isinstance(wrapper, StageWrapper) else None,
+            epochs=stage["num_epochs"],
+            steps=len(box.train_data_loader),
+            seconds_per_step=seconds,
+            cache_bytes=getattr(wrapper, "cache_bytes", 0),
+        )
+    box.clean_modules()
+
+
+@contextmanager
+def _explaining(stage: str) -> Iterator[None]:
+    """Whatever fails in this context is a ConfigError about a stage."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"train.{stage}: {explain(error)}", at=("train", stage)) from error
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """After this context, random numbers go on as if it had not been."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _first_batch(loader: DataLoader, stage: str) -> Any:
+    """A batch as the loader gives it, without its worker processes."""
+    how: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    if loader.batch_sampler is None:
+        how = {"batch_size": None, "sampler": loader.sampler}
+    try:
+        images, targets, supp_dict = next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **how)))
+    except Exception as error:
+        where = f"train.{stage}.train_data_loader"
+        raise ConfigError(
+            f"{where}: a batch cannot be read: {explain(error)}", at=("train", stage, "train_data_loader")
+        ) from error
+    return images, targets, supp_dict
+
+
+def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, stage: str) -> float:
+    """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took."""
+    images, targets, supp_dict = batch
+    criterion = ("train", stage, "criterion")
+    if not targets.is_floating_point() and targets.max() >= job.num_classes:
+        message = f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
+        raise ConfigError(message, at=("models", job.student_role))
+    started = time.perf_counter()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = box.forward_process(images.to(device), targets.to(device), supp_dict)
+    except KeyError as error:
+        message = f"train.{stage}: a loss reads {error}, which no forward_hook of this stage records{_recorded(box)}"
+        raise ConfigError(message, at=criterion) from error
+    except Exception as error:
+        raise ConfigError(f"train.{stage}: a training step fails: {explain(error)}", at=("train", stage)) from error
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(f"train.{stage}: criterion has no sub_terms: there is nothing to learn", at=criterion)
+    if loss.ndim > 0 or not loss.requires_grad:
+        fault = f"has shape {tuple(loss.shape)} instead of being a number" if loss.ndim > 0 else "trains nothing"
+        raise ConfigError(f"train.{stage}: the loss {fault}", at=criterion)
+    loss.backward()
+    value = loss.item()  # waits for the device
+    if not np.isfinite(value):
+        raise ConfigError(f"train.{stage}: the loss of the first batch is {value}", at=criterion)
+    seconds = time.perf_counter() - started
+    box.optimizer.zero_grad()
+    return seconds
+
+
+def _recorded(box: Any) -> str:
+    """The paths that losses can read."""
+    roles = {"student": "student_io_dict", "teacher": "teacher_io_dict", "model": "model_io_dict"}
+    paths = {role: sorted({".", *getattr(box, name)}) for role, name in roles.items() if hasattr(box, name)}
+    return "".join(f"; {role}: {', '.join(names)}" for role, names in paths.items())
+
+
+def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
+    """torchdistill's losses and wrappers take any keyword argument and pass over those that they do not know."""
+    at = ("train", name)
+    built: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = []
+    for role in ("teacher", "student", "model"):
+        wrapper = (stage.get(role) or {}).get("auxiliary_model_wrapper") or {}
+        built.append((getattr(box, f"{role}_model", None), wrapper, (*at, role, "auxiliary_model_wrapper")))
+    terms = (stage["criterion"].get("kwargs") or {}).get("sub_terms") or {}
+    for term, (loss, _) in getattr(box.criterion, "term_dict", {}).items():
+        loss = getattr(loss, "low_level_loss", loss)
+        if isinstance(terms[term]["criterion"], dict):
+            built.append((loss, terms[term]["criterion"], (*at, "criterion", "kwargs", "sub_terms", term)))
+    for part, config, place in built:
+        if isinstance(part, nn.Module) and config.get("kwargs"):
+            ignored = ignored_parameter(type(part), config["kwargs"])
+            if ignored is not None:
+                message = no_parameter(config["key"], ignored, parameters(type(part)))
+                raise ConfigError(f"train.{name}: {message}", at=place)
+
+
+def _check_last_batch(job: Job, box: Any, stage: str) -> None:
+    """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
+    loader = box.train_data_loader
+    if loader.drop_last or loader.batch_size is None or len(loader.dataset) % loader.batch_size != 1:
+        return
+    model = copy.deepcopy(job.student).train()
+    if isinstance(model, MambaPKDEnsemble):
+        model = model.first(len(model.active_positions))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *job.input_size, device=next(model.parameters()).device))
+    except ValueError as error:
+        raise ConfigError(
+            f"train.{stage}: the last batch of an epoch has one image, which the student cannot train on "
+            f"({first_line(error)}): set drop_last: True or another batch_size",
+            at=("train", stage, "train_data_loader", "kwargs"),
+        ) from error
+
+
+def _check_schedule(job: Job) -> None:
+    wrappers = [(stage.get("student") or {}).get("auxiliary_model_wrapper") for stage in stages(job.config["train"])]
+    count = sum(wrapper is not None and wrapper.get("key") == STAGE_WRAPPER for wrapper in wrappers)
+    if count == 0:
+        return
+    if job.teacher is None:
+        raise ConfigError("a progressive schedule needs a teacher: name it under models.teacher_model", at=("models",))
+    if isinstance(job.student, MambaPKDEnsemble) and count < len(job.student.students):
+        raise ConfigError(
+            f"the schedule has {count} stages, but the ensemble has {len(job.student.students)} students: "
+            "give both the same list",
+            at=("train", "students"),
+        )
+
+
+def _check_files(stage: dict[str, Any]) -> None:
+    """torchdistill trains on without weights that it does not find."""
+    for role in ("teacher", "student", "model"):
+        path = (stage.get(role) or {}).get("src_ckpt")
+        if path and not str(path).startswith(("http://", "https://")) and not Path(path).expanduser().is_file():
+            raise ValueError(f"{role}: weights file {path} does not exist")
+
+
+def _check_module_paths(job: Job, stage: dict[str, Any]) -> None:
+    """Hooks, frozen modules and the like name modules by path; torchdistill ignores or chokes on a wrong one."""
+    for role, model in (("teacher", job.teacher), ("student", job.student), ("model", job.student)):
+        settings = stage.get(role) or {}
+        wrapper = settings.get("auxiliary_model_wrapper") or {}
+        if wrapper.get("key") == STAGE_WRAPPER:
+            model = StageWrapper(job.student, **wrapper["kwargs"])
+        elif wrapper or model is None:
+            continue
+        for path in _module_paths(settings):
+            if not _has_module(model, path):
+                shown = model.student if isinstance(model, StageWrapper) else model
+                known = ", ".join(name for name, _ in shown.named_children())
+                raise ValueError(f"{role}: '{path}' is no module of {type(shown).__name__}, which has {known}")
+
+
+def _module_paths(settings: dict[str, Any]) -> Iterator[str]:
+    hooks = settings.get("forward_hook") or {}
+    for paths in (*hooks.values(), settings.get("frozen_modules"), settings.get("sequential")):
+        # '+name' is a module that torchdistill adds, 'instance(Class)' any module of a class.
+        yield from (path for path in paths or () if not path.startswith(("+", "instance(")))
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        return get_module(model, path) is not None
+    except IndexError:
+        return False

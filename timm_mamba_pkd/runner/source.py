@@ -1,0 +1,203 @@
+"""The text of a config: its tree of YAML nodes, where everything stands, and what is wrong before it is even loaded."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torchdistill.common import yaml_util
+
+from timm_mamba_pkd.runner.errors import ConfigError, Keys, explain, first_line
+
+SECTIONS = "datasets, models, train and test"
+NUMBER_READ_AS_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A config file as a tree of YAML nodes; nothing in it has been executed."""
+
+    path: Path
+    text: str
+    root: yaml.MappingNode
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Source":
+        """Parse a config file.
+
+        Raises:
+            ConfigError: the file is missing, unreadable, no YAML or no mapping, a key stands twice in a mapping, or
+                a number is written so that YAML takes it for text.
+        """
+        path = Path(path).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+            root: Any = yaml.compose(text, Loader=yaml.FullLoader)
+        except OSError as error:
+            raise ConfigError(f"config {path} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config {path} is not text in UTF-8") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(_not_yaml(path, error)) from error
+        if not isinstance(root, yaml.MappingNode):
+            found = "an empty file" if root is None else f"{article(root)}"
+            raise ConfigError(f"config {path}, line 1: must be a mapping with {SECTIONS}, not {found}")
+        source = cls(path, text, root)
+        source.refuse([*_duplicate_keys(root), *_numbers_read_as_text(root)])
+        return source
+
+    def refuse(self, problems: list[tuple[int, str]]) -> None:
+        """Raise a ConfigError with every one of ``problems``, (line, message), if there are any."""
+        if problems:
+            raise ConfigError("\n".join(self.say(message, line) for line, message in sorted(set(problems))))
+
+    def say(self, message: str, line: int | None) -> str:
+        """``message``, led by the file and the line."""
+        return f"config {self.path}{'' if line is None else f', line {line}'}: {message}"
+
+    def load(self) -> dict[str, Any]:
+        """Build what the config describes, as torchdistill does: its tags import and call what they name.
+
+        Raises:
+            ConfigError: something that it calls fails; the line is that of the call.
+        """
+        yaml_util.load_yaml_file(os.devnull)  # registers torchdistill's tags
+        loader = _LocatingLoader(self.text)
+        try:
+            with self.locating():
+                return loader.get_single_data()
+        except yaml.YAMLError as error:
+            raise ConfigError(_not_yaml(self.path, error)) from error
+        finally:
+            loader.dispose()
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """ConfigErrors raised in this context name the file, and the line that they concern."""
+        try:
+            yield
+        except ConfigError as error:
+            if str(error).startswith(f"config {self.path}"):
+                raise
+            line = error.line or (self.line(error.at, str(error)) if error.at else None)
+            raise ConfigError(self.say(str(error), line)) from error
+
+    def line(self, keys: Keys, message: str = "") -> int | None:
+        """The line of the last of ``keys`` that is there, or of something below it that ``message`` names.
+
+        ``("train", "stage2", "optimizer")`` is also found where ``train`` has no stages, or is a call that makes them:
+        then it is the call's argument.
+        """
+        node, line = self.root, None
+        for key in keys:
+            if node.tag == "!import_call":
+                node = child(child(node, "init"), "kwargs") or node
+            found = next((pair for pair in pairs(node) if pair[0].value == key), None)
+            if found is not None:
+                line, node = found[0].start_mark.line + 1, found[1]
+            elif not re.fullmatch(r"stage\d+", key):
+                break
+        lines: dict[str, int] = {}
+        for below in walk(node) if line is not None else ():
+            if isinstance(below, yaml.ScalarNode):
+                lines.setdefault(below.value, below.start_mark.line + 1)
+        named = (word for word in [*re.findall(r"'([^']+)'", message), *message.split()] if word in lines)
+        return lines.get(next((word for word in named if re.search("[a-zA-Z]", word)), ""), line)
+
+
+def pairs(node: yaml.Node | None) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    """Keys and values of a mapping, with those merged into it by ``<<``; of anything else none."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    own = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+    names = {key.value for key, _ in own}
+    merged = []
+    for key, value in own:
+        if key.tag == "tag:yaml.org,2002:merge":
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                merged += [pair for pair in pairs(part) if pair[0].value not in names]
+                names |= {name.value for name, _ in merged}
+    return [pair for pair in own if pair[0].tag != "tag:yaml.org,2002:merge"] + merged
+
+
+def child(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    """The value of a mapping's key, if there is one."""
+    return next((value for name, value in pairs(node) if name.value == key), None)
+
+
+def walk(node: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all nodes below it, each once."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        below = [] if isinstance(node, yaml.ScalarNode) else node.value
+        waiting += reversed([part for item in below for part in (item if isinstance(item, tuple) else (item,))])
+
+
+def article(node: yaml.Node) -> str:
+    """What a node is, in words."""
+    if isinstance(node, yaml.ScalarNode):
+        return "nothing" if node.tag.endswith(":null") else repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+class _LocatingLoader(yaml.FullLoader):
+    """torchdistill's loader; an error of a tag is a ConfigError with the line of what it was about."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # pyright: ignore[reportArgumentType]
+        except (yaml.YAMLError, ConfigError):
+            raise
+        except Exception as error:
+            if not node.tag.startswith("!"):
+                raise
+            message = explain(error)
+            words = set(re.findall(r"\w+", message))
+            arguments = pairs(child(child(node, "init"), "kwargs"))
+            about = next((key for key, _ in arguments if key.value in words), node)
+            raise ConfigError(message, line=about.start_mark.line + 1) from error
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"config {path} is not valid YAML: {first_line(error)}"
+    problem, context = getattr(error, "problem", None), getattr(error, "context", None)
+    if "'\\t'" in str(problem):
+        return f"config {path}, line {mark.line + 1}: not valid YAML: a tab where YAML wants spaces"
+    return f"config {path}, line {mark.line + 1}: not valid YAML: {problem}" + (f" ({context})" if context else "")
+
+
+def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[int, str]]:
+    for node in walk(root):
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in first:
+                yield line, f"duplicate key '{key.value}': it is already on line {first[name]}"
+            first[name] = line
+
+
+def _numbers_read_as_text(root: yaml.Node) -> Iterator[tuple[int, str]]:
+    """``lr: 1e-4`` is text in YAML 1.1, which wants a dot and a sign."""
+    for node in walk(root):
+        if not isinstance(node, yaml.ScalarNode) or node.style is not None or not node.tag.endswith(":str"):
+            continue
+        written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+        if NUMBER_READ_AS_TEXT.fullmatch(node.value) and "!" not in written:
+            yield (
+                node.start_mark.line + 1,
+                f"YAML takes {node.value} for text; write the number with a dot and a signed exponent, as in 1.0e-4",
+            )
