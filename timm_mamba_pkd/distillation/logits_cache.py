@@ -1,6 +1,7 @@
 """Logits of a frozen model on replayable views, computed once and kept on disk in rows that check themselves."""
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -115,7 +116,7 @@ class LogitsCache:
             self._require_space(num_views)
         except OSError as error:
             raise CacheError(f"cache {self.folder} cannot be used: {error.strerror or error}") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CacheError(f"cache {self.folder} is damaged (meta.json): delete the folder") from error
 
     def _require_space(self, num_views: int) -> None:
@@ -133,10 +134,18 @@ class LogitsCache:
         return self._files[view]
 
     def _load(self, path: Path) -> np.memmap:
-        rows: Any = np.load(path, mmap_mode="r+")
-        if rows.shape != (self.num_samples,) or rows.dtype != self._dtype:
+        header = self._header()
+        with path.open("rb") as file:  # memmap would lengthen a short file, without reserving the space
+            found, size = file.read(len(header)), os.fstat(file.fileno()).st_size
+        if found != header or size != len(header) + self.num_samples * self._dtype.itemsize:
             raise ValueError("another array")
-        return rows
+        return np.memmap(path, self._dtype, "r+", len(header), (self.num_samples,))
+
+    def _header(self) -> bytes:
+        file = io.BytesIO()
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.num_samples,)})
+        return file.getvalue()
 
     def _create(self, path: Path) -> None:
         if path.exists():
@@ -144,8 +153,7 @@ class LogitsCache:
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             with partial.open("wb") as file:
-                header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.num_samples,)})
+                file.write(self._header())
                 left = self.num_samples * self._dtype.itemsize
                 while left > 0:  # not a sparse file: a full disk must show here, not when the map is written
                     left -= file.write(bytes(min(left, 1 << 24)))
@@ -203,7 +211,7 @@ def require_space(folder: Path, needed: int, num_views: int) -> None:
 
 
 def _checksum(logits: np.ndarray, image_checksum: int) -> int:
-    return zlib.crc32(logits, image_checksum)
+    return zlib.crc32(logits.data, image_checksum)
 
 
 def _meta(model: nn.Module, views: Views, num_classes: int, precision: str, name: str) -> dict[str, Any]:

@@ -27,12 +27,12 @@ def pre_epoch(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
     default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
     self.teacher_model.eval()
     wrapper, views = self.student_model, self.train_data_loader.dataset
-    if not isinstance(wrapper, StageWrapper) or not isinstance(views, Views):
+    if not isinstance(views, Views):
         return
     length = self.train_config[f"stage{self.stage_number}"]["num_epochs"]
     in_stage = self.current_epoch - (self.stage_end_epoch - length)
     views.set_epoch(in_stage)
-    if in_stage == 0:
+    if in_stage == 0 and isinstance(wrapper, StageWrapper):
         _start_stage(self, wrapper, views)
 
 
@@ -94,6 +94,8 @@ def _can_train_again(box: Any, wrapper: StageWrapper) -> bool:
         reason = f"it was trained {attempt + 1} times" if attempt else "the rule allows no retry"
     elif wrapper.rule.largest_first or attempt >= wrapper.position:
         reason = "there are no more students before it whose features it could reuse"
+    elif not wrapper.ensemble.can_connect(wrapper.position, attempt + 1):
+        reason = "only Mamba students can reuse the features of Mamba students"
     elif not getattr(box, "can_extend", False):
         reason = "training it again needs the mamba-pkd command"
     if reason is not None:
@@ -109,6 +111,7 @@ def _train_again(box: Any, wrapper: StageWrapper) -> None:
     logger.info("Stage %d is trained again, with the features of %d earlier students", wrapper.stage, attempt)
     config = box.train_config[f"stage{box.stage_number}"]
     box.clean_modules()
+    box.stage_grad_count = 0
     box.setup(config)
     box.stage_end_epoch += config["num_epochs"]
     box.num_epochs += config["num_epochs"]

@@ -42,8 +42,9 @@ def progressive(
         num_epochs, train_data_loader, val_data_loader, optimizer, scheduler, criterion, teacher, student: a stage's
             sections in torchdistill's own terms, used for every stage. ``teacher`` and ``student`` may be left out
             unless losses need hooks.
-        rule: name of the progressive rule (``independent``, ``residual``, ``bdistil``, ``assistant``) or
-            import path of a `Rule` of anybody's, or ``{key: name, kwargs: {...}}``. Its loss is added to ``criterion``'s ``sub_terms``.
+        rule: name of the progressive rule (``independent``, ``residual``, ``bdistil``, ``assistant``) or import path
+            of a `Rule` of anybody's, or ``{key: name, kwargs: {...}}``. Its loss is added to ``criterion``'s
+            ``sub_terms``.
         views: the replayable augmented views of the training set: ``num_views`` (default: ``num_epochs``, so that a
             stage sees each view once), ``seed``, ``mixup_alpha``, ``cutmix_alpha``, ``num_classes``; see `Views`.
         cache_dir: folder where the logits of the teacher and of earlier students on these views are kept, so that each
@@ -53,8 +54,8 @@ def progressive(
 
     Raises:
         ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, views out of range, a teacher
-            to be trained, an auxiliary wrapper or forward_proc for the student, or a criterion without terms or with
-            one named 'rule'.
+            to be trained, an auxiliary wrapper or forward_proc for the student, ``sequential`` parts of the student
+            with a rule that needs its logits, or a criterion without terms or with one named 'rule'.
     """
     if isinstance(students, str) or not isinstance(students, Sequence) or not students:
         raise ValueError(f"progressive: students must be a list of at least one name, got {students!r}")
@@ -69,6 +70,9 @@ def progressive(
         raise ValueError("progressive: criterion needs kwargs.sub_terms, as torchdistill's WeightedSumLoss has")
     chosen = build_rule(rule)
     rule = {"key": rule} if isinstance(rule, str) else rule
+    parts = bool((student or {}).get("sequential"))  # torchdistill then runs them without the stage's wrapper
+    if parts and (chosen.adds_loss or chosen.judges):
+        raise ValueError(f"progressive: rule {rule['key']} needs the student's logits: remove student.sequential")
     terms = dict(criterion["kwargs"]["sub_terms"])
     if chosen.adds_loss:
         if OWN_TERM in terms:
@@ -81,7 +85,7 @@ def progressive(
         "train_data_loader": _with_views(train_data_loader, views, num_epochs),
         "val_data_loader": val_data_loader,
         "teacher": _teacher(teacher or {}, cache_dir),
-        "student": {"forward_proc": "forward_batch_supp_dict", **(student or {})},
+        "student": {"forward_proc": f"forward_batch_{'only' if parts else 'supp_dict'}", **(student or {})},
         "pre_epoch_process": PRE_EPOCH,
         "post_epoch_process": POST_EPOCH,
         "optimizer": optimizer,

@@ -34,7 +34,7 @@ class Views(Dataset):
         seed: of all views.
         mixup_alpha, cutmix_alpha: parameter of the Beta distribution of the mixture, 0 for none.
         num_classes: needed with mixup and cutmix where the data set does not list its ``classes``.
-        wrapper: torchdistill dataset wrapper between the data set and its views, as ``{key: ..., kwargs: ...}``.
+        wrapper: torchdistill dataset wrapper between data set and views, ``{key: ..., args: ..., kwargs: ...}``.
 
     Raises:
         ValueError: arguments out of range, or an unknown number of classes.
@@ -58,7 +58,9 @@ class Views(Dataset):
         if self.mixes and self.num_classes is None:
             raise ValueError("views: mixup and cutmix need num_classes, which this data set does not tell")
         if wrapper:
-            org_dataset = get_dataset_wrapper(wrapper["key"])(org_dataset, **(wrapper.get("kwargs") or {}))
+            org_dataset = get_dataset_wrapper(wrapper["key"])(
+                org_dataset, *(wrapper.get("args") or ()), **(wrapper.get("kwargs") or {})
+            )
         self.org_dataset = org_dataset
         self.view = torch.zeros((), dtype=torch.int64).share_memory_()  # worker processes see it change
 
@@ -82,7 +84,7 @@ class Views(Dataset):
             image, target, supp_dict = self._sample(index)
             if self.mixes:
                 image, target = self._mix(image, target)
-        checksum = zlib.crc32(np.ascontiguousarray(image))
+        checksum = zlib.crc32(np.ascontiguousarray(image).data)
         return image, target, {**supp_dict, "index": index, "view": view, "checksum": checksum}
 
     def _sample(self, index: int) -> tuple[Tensor, Any, dict[str, Any]]:
@@ -94,7 +96,8 @@ class Views(Dataset):
         mixup, cutmix = self.alphas
         other, other_target, _ = self._sample(int(rng.integers(len(self))))
         cuts = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-        share = rng.beta(*[cutmix if cuts else mixup] * 2)
+        alpha = cutmix if cuts else mixup
+        share = rng.beta(alpha, alpha)
         if cuts:
             height, width = image.shape[-2:]
             side = (1 - share) ** 0.5

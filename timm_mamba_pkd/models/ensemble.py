@@ -1,5 +1,6 @@
 """The anytime ensemble: students s1..sN as one classifier that has an answer after every student."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,27 +113,49 @@ class MambaPKDEnsemble(nn.Module):
         Raises:
             ValueError: there are fewer students before it, or one of them is none of ours.
         """
-        models = list(self.students[position - num_sources : position + 1]) if num_sources <= position else []
-        if not 1 <= num_sources <= position:
+        if not 1 <= num_sources <= position < len(self.students):
             raise ValueError(f"student {position + 1} has {position} before it, so it cannot reuse {num_sources}")
-        if not all(isinstance(model, MambaPKD) for model in models):
+        if not self.can_connect(position, num_sources):
             raise ValueError(f"only {', '.join(STUDENTS)} can reuse features, not {', '.join(self.names)}")
-        self.reuse[str(position)] = Reuse(models[-1], models[:-1])
+        models = self.students[position - num_sources : position + 1]
+        self.reuse[str(position)] = Reuse(models[-1], list(models)[:-1])
 
-    def adapt_to(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take on the combination and the connections that a state dict brings along."""
+    def can_connect(self, position: int, num_sources: int) -> bool:
+        """Whether the student at ``position`` and the ``num_sources`` before it are all ours."""
+        models = self.students[position - num_sources : position + 1]
+        return all(isinstance(model, MambaPKD) for model in models)
+
+    def adapt_to(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take on the combination and the connections that a state dict brings along.
+
+        Returns:
+            what the state dict lacks because it is of a mean: the weights of the mean, if this ensemble has weights.
+        """
         weights = state_dict.get("weights")
         if weights is not None and (self.weights is None or self.weights.ndim != weights.ndim):
             self.set_combination("per_student" if weights.ndim == 2 else "per_class")
         for name, tensor in state_dict.items():
-            if name.startswith("reuse.") and name.endswith(".projections.0.weight"):
-                position, width = int(name.split(".")[1]), 0
-                for num_sources in range(1, position + 1):
-                    width += getattr(self.students[position - num_sources], "feature_info", [{"num_chs": 0}])[0][
-                        "num_chs"
-                    ]
-                    if width == tensor.shape[1]:
-                        self.connect(position, num_sources)
+            match = re.fullmatch(r"reuse\.(\d+)\.projections\.0\.weight", name)
+            if match and tensor.ndim == 4 and int(match[1]) < len(self.students):
+                self._connect_like(int(match[1]), tensor.shape[1])
+        if weights is not None or self.weights is None:
+            return {}
+        combination = "per_student" if self.weights.ndim == 2 else "per_class"
+        mean = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
+        assert mean is not None
+        return {"weights": mean}
+
+    def _connect_like(self, position: int, width: int) -> None:
+        """Connect the student at ``position`` to as many earlier ones as give ``width`` channels in the first stage."""
+        own = self.connections()[position]
+        for count in range(1, position + 1):
+            sources = self.students[position - count : position]
+            if (
+                self.can_connect(position, count)
+                and sum(model.feature_info[0]["num_chs"] for model in sources) == width
+                and (own is None or own.num_sources != count)  # its parameters may be in training
+            ):
+                self.connect(position, count)
 
     def connections(self) -> list[Reuse | None]:
         """Of each student, the connections to earlier ones or None."""
@@ -156,8 +179,12 @@ class MambaPKDEnsemble(nn.Module):
         return torch.stack(list(self.run(x)))
 
     def combine(self, student_logits: Tensor) -> Tensor:
-        """Ensemble logits after each student, (k, B, num_classes), from the students' own, (k, B, num_classes)."""
-        return combine(student_logits, self.weights)
+        """Ensemble logits after each student, (k, B, num_classes), from the students' own, (k, B, num_classes).
+
+        The weights are those of the first students: where others are active it is the mean.
+        """
+        fits = self.weights is not None and self.active_positions == list(range(self.num_active))
+        return combine(student_logits, self.weights if fits else None)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes."""
@@ -220,9 +247,8 @@ class Students(nn.Module):
 def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     assert isinstance(module, MambaPKDEnsemble)
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    module.adapt_to(own)
-    if module.weights is not None:
-        state_dict.setdefault(prefix + "weights", module.weights)
+    for name, tensor in module.adapt_to(own).items():
+        state_dict[prefix + name] = tensor
 
 
 default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})

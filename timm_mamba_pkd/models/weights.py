@@ -80,8 +80,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             names the first keys that differ.
     """
     found = read_weights(path)
+    before = None
     if isinstance(model, MambaPKDEnsemble):
-        model.adapt_to(found)
+        before = dict(model.reuse.items()), model.weights
+        found |= model.adapt_to(found)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
@@ -91,6 +93,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if name in found and found[name].shape != tensor.shape
     ]
     if missing or unexpected or reshaped:
+        if isinstance(model, MambaPKDEnsemble) and before is not None:
+            model.reuse, model.weights = nn.ModuleDict(before[0]), before[1]
         differences = [
             f"{label} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             for label, names in (("missing", missing), ("unexpected", unexpected), ("shape of", reshaped))
