@@ -84,9 +84,7 @@ def test_waiting_students_get_no_gradient(x):
 
 def test_combine_of_given_numbers(ensemble):
     logits = torch.tensor([[[1.0, 2.0]], [[3.0, 6.0]], [[-1.0, 1.0]]])
-    torch.testing.assert_close(
-        ensemble.combine(logits), torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[1.0, 3.0]]])
-    )
+    torch.testing.assert_close(ensemble.combine(logits), torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[1.0, 3.0]]]))
 
 
 @pytest.mark.parametrize("k", [0, 4, -1])
