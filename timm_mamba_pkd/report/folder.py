@@ -22,6 +22,7 @@ def write_report(
     Args:
         rows: at least one.
         metrics: one mapping per epoch, see `plot_curves`; when empty (nothing was trained) there is no curves.png.
+            A ``verdict`` (of the progressive rule, at the end of a stage) becomes a line of results.md.
         folder: files of these names in it are replaced.
         device_name: where the latencies were measured.
         seed: of the run.
@@ -38,7 +39,9 @@ def write_report(
         "MACs are those of one image, the selective scan included, elementwise work not; 1 MAC = 2 FLOPs. "
         f"Latency is the median at batch size 1 on {device_name}. Seed {seed}."
     )
-    write_atomically(folder / "results.md", f"{to_markdown(rows)}\n{conventions}\n".encode())
+    verdicts = [f"- stage {m['stage']}, {m['student']}: {m['verdict']}" for m in metrics if "verdict" in m]
+    text = "\n".join([to_markdown(rows), conventions, *(["", *verdicts] if verdicts else [])])
+    write_atomically(folder / "results.md", f"{text}\n".encode())
     plot_accuracy_against_macs(rows, folder / "accuracy_macs.png")
     if metrics:
         plot_curves(metrics, folder / "curves.png")
