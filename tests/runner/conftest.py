@@ -127,6 +127,19 @@ def write(tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def errors(capsys, tmp_path) -> Callable[[], list[str]]:
+    """What the command said on stderr, line by line; where a line names `write`'s config, only 'line N: ...' of it."""
+
+    def errors() -> list[str]:
+        lines = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("mamba-pkd: error: ") for line in lines)
+        config = f"config {tmp_path / 'config.yaml'}, "
+        return [line.removeprefix("mamba-pkd: error: ").removeprefix(config) for line in lines]
+
+    return errors
+
+
+@pytest.fixture
 def run(tmp_path, write, monkeypatch) -> Callable[..., tuple[int, Path]]:
     """Run a subcommand of mamba-pkd on a config, on the CPU; returns the exit code and the run's folder.
 

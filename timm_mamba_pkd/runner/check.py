@@ -133,13 +133,13 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
             if len(getattr(box, loader)) == 0:
                 message = f"train.{name}.{loader} has no batch: is drop_last on and batch_size too large?"
                 raise ConfigError(message, at=(*at, loader))
-        _check_last_batch(job, box, name)
         with _explaining(name):
             box.pre_epoch_process(epoch=getattr(box, "current_epoch", 0))
         batch = _first_batch(box.train_data_loader, name)
         seconds = _try_step(job, box, batch, device, amp, name)
         if seconds < SLOW:
             seconds = _try_step(job, box, batch, device, amp, name)
+        _check_last_batch(box, name, device)
         wrapper = getattr(box, "student_model", None)
         yield StageEstimate(
             student=wrapper.ensemble.names[wrapper.position] if isinstance(wrapper, StageWrapper) else None,
@@ -246,20 +246,19 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
                 raise ConfigError(f"train.{name}: {message}", at=place)
 
 
-def _check_last_batch(job: Job, box: Any, stage: str) -> None:
+def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
     """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
     loader = box.train_data_loader
     if loader.drop_last or loader.batch_size is None or len(loader.dataset) % loader.batch_size != 1:
         return
-    model = copy.deepcopy(job.student).train()
-    if isinstance(model, MambaPKDEnsemble):
-        model = model.first(len(model.active_positions))
+    images, targets, supp_dict = next(
+        iter(DataLoader(loader.dataset, batch_sampler=[[0]], collate_fn=loader.collate_fn))
+    )
     try:
-        with torch.no_grad():
-            model(torch.zeros(1, *job.input_size, device=next(model.parameters()).device))
-    except ValueError as error:
+        box.forward_process(images.to(device), targets.to(device), supp_dict)
+    except Exception as error:
         raise ConfigError(
-            f"train.{stage}: the last batch of an epoch has one image, which the student cannot train on "
+            f"train.{stage}: the last batch of an epoch has one image, which cannot be trained on "
             f"({first_line(error)}): set drop_last: True or another batch_size",
             at=("train", stage, "train_data_loader", "kwargs"),
         ) from error

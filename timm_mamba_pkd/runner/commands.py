@@ -38,7 +38,7 @@ def run_check(args: argparse.Namespace) -> None:
         student = stage.student or job.student_config["key"]
         print(
             f"  stage {number}: {student}, {stage.epochs} epochs of {stage.steps} steps of "
-            f"{1000 * stage.seconds_per_step:.0f} ms, about {duration(stage.seconds)}"
+            f"{1000 * stage.seconds_per_step:.3g} ms, about {duration(stage.seconds)}"
         )
     total = sum(stage.seconds for stage in estimates)
     print(f"  time: about {duration(total)} on {device} for the training steps alone")

@@ -47,7 +47,9 @@ def explain(error: Exception) -> str:
     A call with wrong arguments and a name that is not registered are said in the config's terms, with the names that
     are there: they are looked up in the frame that failed.
     """
-    message = first_line(error)
+    message, cause = first_line(error), error.__cause__
+    if isinstance(cause, TypeError):
+        return message.replace(first_line(cause), explain(cause))
     frames = list(_frames(error.__traceback__))
     if isinstance(error, TypeError):
         message = _explain_call(message, frames)

@@ -35,19 +35,16 @@ def expand(config_path: str | Path) -> str:
         line = source.line(("train",))
         raise ConfigError(source.say("train is no timm_mamba_pkd.progressive schedule: nothing to expand", line))
     config = yaml.load(source.text, Loader=_Loader)
-    try:
-        with source.locating():
-            config["train"] = _call(**config["train"].content["init"]["kwargs"])
-    finally:
-        pass
-    names = config.get("dependencies") or []
-    if PACKAGE not in names:
-        config = {"dependencies": [PACKAGE, *names], **config}
+    with source.locating():
+        config["train"] = _call(config["train"].content["init"]["kwargs"])
+    names = config.pop("dependencies", None) or []
+    names = names if isinstance(names, list) else [names]
+    config = {"dependencies": names if PACKAGE in names else [PACKAGE, *names], **config}
     header = f"# {source.path}, expanded by mamba-pkd: what timm_mamba_pkd.progressive stands for.\n"
     return header + yaml.dump(config, Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None)
 
 
-def _call(**arguments: Any) -> dict[str, Any]:
+def _call(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return progressive(**arguments)
     except Exception as error:
@@ -58,7 +55,7 @@ class _Loader(yaml.FullLoader):
     """Every tag gives a `Tagged`."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.Dumper):
     """Writes a `Tagged` as it was."""
 
 

@@ -3,6 +3,7 @@
 torchdistill itself passes over a key that it does not know. The check runs on the YAML nodes, so nothing is executed.
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Each:
-    """A mapping from any names to sections of one kind, or a list of them."""
+    """A mapping from any names to values of one kind."""
+
+    spec: Any
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of values of one kind."""
 
     spec: Any
 
@@ -96,7 +104,7 @@ ROLE = Section(
         "src_ckpt": Maybe(ANY),
     }
 )
-MODULE_WISE = Each(Section({"module": ANY, "kwargs": Maybe(ANY), "is_teacher": FLAG}, ("module",)))
+MODULE_WISE = Items(Section({"module": ANY, "kwargs": Maybe(ANY), "is_teacher": FLAG}, ("module",)))
 OPTIMIZER = Section(
     {
         "key": ANY,
@@ -308,10 +316,13 @@ def _check(node: yaml.Node, spec: Any, where: str, key: yaml.Node) -> Iterator[P
         fits = node.tag.rsplit(":", 1)[-1] in spec.tags
         if not fits or (isinstance(node, yaml.ScalarNode) and not spec.fits(node.value)):
             yield _line(key), f"{where} must be {spec.words}, got {article(node)}"
-    elif isinstance(spec, Each) and isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _check(item, spec.spec, f"{where}[]", item)
-    elif spec is not None and not isinstance(node, yaml.MappingNode):
+    elif isinstance(spec, Items):
+        if not isinstance(node, yaml.SequenceNode):
+            yield _line(key), f"{where} must be a list, got {article(node)}"
+            return
+        for number, item in enumerate(node.value, start=1):
+            yield from _check(item, spec.spec, f"{where}.{number}", item)
+    elif not isinstance(node, yaml.MappingNode):
         yield _line(key), f"{where} must be a section, got {article(node)}"
     elif isinstance(spec, Each):
         for name, value in pairs(node):
@@ -327,14 +338,20 @@ def _keys(node: yaml.Node, spec: Section, where: str, place: yaml.Node | None = 
         return  # torchdistill takes an empty one for none
     kind = child(node, "key")
     inner = spec.kwargs.get(kind.value) if isinstance(kind, yaml.ScalarNode) else None
+    meant: set[str] = set()
     for key, value in found:
         name = key.value
         if name in spec.keys:
             yield from _check(value, inner if name == "kwargs" and inner else spec.keys[name], _join(where, name), key)
         elif not name.startswith("_"):
+            below = spec.keys.get("kwargs")
+            if isinstance(below, Section) and name in below.keys:
+                yield _line(key), f"unknown key '{name}' in {where}; it belongs in {where}.kwargs"
+                continue
             yield _line(key), unknown_key(name, where or "the config", spec.keys)
+            meant.update(difflib.get_close_matches(name, spec.keys, n=1))
     for name in spec.required:
-        if name not in {key.value for key, _ in found}:
+        if name not in meant and name not in {key.value for key, _ in found}:
             yield _line(place or node), f"{where} has no '{name}'" if where else f"there is no section '{name}'"
 
 

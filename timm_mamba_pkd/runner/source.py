@@ -47,7 +47,7 @@ class Source:
             found = "an empty file" if root is None else f"{article(root)}"
             raise ConfigError(f"config {path}, line 1: must be a mapping with {SECTIONS}, not {found}")
         source = cls(path, text, root)
-        source.refuse([*_duplicate_keys(root), *_numbers_read_as_text(root)])
+        source.refuse([*_duplicate_keys(root), *_numbers_read_as_text(root, text)])
         return source
 
     def refuse(self, problems: list[tuple[int, str]]) -> None:
@@ -101,12 +101,7 @@ class Source:
                 line, node = found[0].start_mark.line + 1, found[1]
             elif not re.fullmatch(r"stage\d+", key):
                 break
-        lines: dict[str, int] = {}
-        for below in walk(node) if line is not None else ():
-            if isinstance(below, yaml.ScalarNode):
-                lines.setdefault(below.value, below.start_mark.line + 1)
-        named = (word for word in [*re.findall(r"'([^']+)'", message), *message.split()] if word in lines)
-        return lines.get(next((word for word in named if re.search("[a-zA-Z]", word)), ""), line)
+        return line if line is None else line_named(node, message) or line
 
 
 def pairs(node: yaml.Node | None) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -143,10 +138,22 @@ def walk(node: yaml.Node) -> Iterator[yaml.Node]:
         waiting += reversed([part for item in below for part in (item if isinstance(item, tuple) else (item,))])
 
 
+def line_named(node: yaml.Node, message: str) -> int | None:
+    """The line of the first key or value below ``node`` that a message names, what it quotes first."""
+    lines: dict[str, int] = {}
+    for below in walk(node):
+        if isinstance(below, yaml.ScalarNode) and re.search("[a-zA-Z]", below.value):
+            lines.setdefault(below.value, below.start_mark.line + 1)
+    words = [*re.findall(r"'([^']+)'", message), *message.split(), *re.findall(r"\w+", message)]
+    return next((lines[word] for word in words if word in lines), None)
+
+
 def article(node: yaml.Node) -> str:
     """What a node is, in words."""
     if isinstance(node, yaml.ScalarNode):
-        return "nothing" if node.tag.endswith(":null") else repr(node.value)
+        if node.tag.endswith(":null"):
+            return "nothing"
+        return repr(node.value) if node.tag.endswith(":str") else node.value
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
@@ -162,10 +169,8 @@ class _LocatingLoader(yaml.FullLoader):
             if not node.tag.startswith("!"):
                 raise
             message = explain(error)
-            words = set(re.findall(r"\w+", message))
-            arguments = pairs(child(child(node, "init"), "kwargs"))
-            about = next((key for key, _ in arguments if key.value in words), node)
-            raise ConfigError(message, line=about.start_mark.line + 1) from error
+            arguments = child(child(node, "init"), "kwargs") or node
+            raise ConfigError(message, line=line_named(arguments, message) or node.start_mark.line + 1) from error
 
 
 def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
@@ -190,12 +195,12 @@ def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[int, str]]:
             first[name] = line
 
 
-def _numbers_read_as_text(root: yaml.Node) -> Iterator[tuple[int, str]]:
+def _numbers_read_as_text(root: yaml.Node, text: str) -> Iterator[tuple[int, str]]:
     """``lr: 1e-4`` is text in YAML 1.1, which wants a dot and a sign."""
     for node in walk(root):
         if not isinstance(node, yaml.ScalarNode) or node.style is not None or not node.tag.endswith(":str"):
             continue
-        written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+        written = text[node.start_mark.index : node.end_mark.index]
         if NUMBER_READ_AS_TEXT.fullmatch(node.value) and "!" not in written:
             yield (
                 node.start_mark.line + 1,
