@@ -3,7 +3,8 @@
     python benchmarks/rules.py yaml_configs/digits/progressive.yaml --seeds 42 43 44 --output runs/rules/digits
 
 Every variant trains the same students for the same epochs on the same views, from the same cached teacher logits, with
-0.5 of cross-entropy on the labels beside the rule's own loss (`independent`: 0.5 of torchdistill's soft loss).
+0.5 of cross-entropy on the labels beside the rule's own loss (`independent`: 0.5 of torchdistill's soft loss). Only
+`bdistil_retry` may train a student twice.
 Finished runs are kept: the command goes on where it was stopped.
 """
 
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--variants", nargs="+", default=["independent", "residual", "bdistil", "assistant"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--num-views", type=int, nargs="+", help="compare numbers of views (rule: the config's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--output", type=Path, required=True)
@@ -93,7 +94,7 @@ def train(config: str, folder: Path, seed: int, cache: Path, flags: list[str]) -
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.unfinished{sum(1 for _ in folder.parent.iterdir())}"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config = re.sub(r"dst_ckpt: .*", "dst_ckpt:", config)
+    config = re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", config))
     config = re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{cache}'\n\1rule: ", config)
     path = folder.with_suffix(".yaml")
     path.write_text(config)

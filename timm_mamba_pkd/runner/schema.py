@@ -307,11 +307,10 @@ def _shared_optimizers(root: yaml.Node) -> Iterator[Problem]:
 
 def _check(node: yaml.Node, spec: Any, where: str, key: yaml.Node) -> Iterator[Problem]:
     """What is wrong with a value under ``key``. What tags build is known only once the config is loaded."""
-    empty = node.tag.endswith(":null")
-    if spec is ANY or node.tag.startswith("!") or (isinstance(spec, Maybe) and empty):
-        return
     if isinstance(spec, Maybe):
-        spec = spec.spec
+        spec = ANY if node.tag.endswith(":null") else spec.spec
+    if spec is ANY or node.tag.startswith("!"):
+        return
     if isinstance(spec, Value):
         fits = node.tag.rsplit(":", 1)[-1] in spec.tags
         if not fits or (isinstance(node, yaml.ScalarNode) and not spec.fits(node.value)):
