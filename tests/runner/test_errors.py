@@ -274,7 +274,7 @@ def test_a_path_that_only_a_late_student_lacks(progressive, run, errors):
         ),
         (
             with_value({}, "train", "criterion", "kwargs", "sub_terms"),
-            "line 79: train.stage1: criterion has no sub_terms: there is nothing to learn",
+            "line 82: train.stage1: criterion has no sub_terms: there is nothing to learn",
         ),
         (
             with_value(float("nan"), "train", "criterion", "kwargs", "sub_terms", "ce", "weight"),
