@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="in the config")
-    parser.add_argument("flags", nargs="*", help="of mamba-pkd train, after --")
+    parser.add_argument(
+        "--flags", type=shlex.split, default=[], help="of mamba-pkd train: --flags='--channels-last --amp'"
+    )
     args = parser.parse_args()
     text = args.config.read_text()
     for old, new in args.replace:

@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="in the config")
-    parser.add_argument("flags", nargs="*", help="of mamba-pkd train, after --")
+    parser.add_argument(
+        "--flags", type=shlex.split, default=[], help="of mamba-pkd train: --flags='--channels-last --amp'"
+    )
     args = parser.parse_args()
 
     text = args.config.read_text()

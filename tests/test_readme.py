@@ -7,6 +7,7 @@ from pathlib import Path
 from torchdistill.common.yaml_util import load_yaml_file
 
 from timm_mamba_pkd.cli import build_parser
+from timm_mamba_pkd.distillation.rules import contract
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (["mamba-pkd"], ["python", "-m", "timm_mamba_pkd"])
@@ -32,6 +33,14 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert found
     for lines_above, code in found:
         exec(compile("\n" * lines_above + code, str(ROOT / "README.md"), "exec"), namespace)
+
+
+def test_the_rule_of_the_readme_is_a_rule(tmp_path, monkeypatch):
+    (code,) = [code for _, code in blocks("python") if "MyRule" in code]
+    (tmp_path / "readme_rule.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for check in contract.CHECKS:
+        check("readme_rule.MyRule")
 
 
 def test_yaml_blocks_load(tmp_path, monkeypatch):

@@ -200,6 +200,15 @@ def cache_bytes(num_samples: int, num_classes: int, num_views: int) -> int:
     return num_views * num_samples * row_dtype(num_classes).itemsize
 
 
+def require_folder(root: str | Path) -> None:
+    """Raise a CacheError if no folder can be made at ``root``; nothing is made."""
+    path = Path(root).expanduser().absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "no permission" if existing.is_dir() else f"{existing} is a file"
+        raise CacheError(f"cache_dir {root} cannot be written: {why}")
+
+
 def require_space(folder: Path, needed: int, num_views: int) -> None:
     """Raise a CacheError if ``needed`` more bytes do not fit the disk of ``folder``."""
     free = shutil.disk_usage(folder).free

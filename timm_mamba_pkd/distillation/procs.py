@@ -10,7 +10,7 @@ from torchdistill.core.interfaces.post_epoch_proc import default_post_epoch_proc
 from torchdistill.core.interfaces.pre_epoch_proc import default_pre_epoch_process_with_teacher
 from torchdistill.core.interfaces.registry import register_post_epoch_proc_func, register_pre_epoch_proc_func
 
-from timm_mamba_pkd.distillation.logits_cache import cache_bytes
+from timm_mamba_pkd.distillation.logits_cache import cache_bytes, require_folder
 from timm_mamba_pkd.distillation.stage import CachedTeacher, StageWrapper
 from timm_mamba_pkd.distillation.views import Views
 from timm_mamba_pkd.models.combination import fit_weights
@@ -45,6 +45,8 @@ def _start_stage(box: Any, wrapper: StageWrapper, views: Views) -> None:
     epochs = box.train_config[f"stage{box.stage_number}"]["num_epochs"]
     shown = min(views.num_views, epochs)
     wrapper.cache_bytes = new * cache_bytes(len(views), wrapper.ensemble.num_classes, shown)
+    if wrapper.cache_dir is not None:
+        require_folder(wrapper.cache_dir)
     if getattr(box, "rehearsing", False):
         return
     if cached_teacher:

@@ -68,6 +68,8 @@ def progressive(
             raise ValueError(f"progressive: student.{key} is the schedule's own; remove it")
     if not isinstance((criterion.get("kwargs") or {}).get("sub_terms"), dict):
         raise ValueError("progressive: criterion needs kwargs.sub_terms, as torchdistill's WeightedSumLoss has")
+    if cache_dir is not None and (not isinstance(cache_dir, str) or not cache_dir):
+        raise ValueError(f"progressive: cache_dir must be the path of a folder, got {cache_dir!r}")
     chosen = build_rule(rule)
     rule = {"key": rule} if isinstance(rule, str) else rule
     parts = bool((student or {}).get("sequential"))  # torchdistill then runs them without the stage's wrapper
