@@ -30,6 +30,7 @@ def test_flags_of_torchdistills_script():
     assert not (args.amp or args.channels_last)
     assert parse("train", "--config", "a.yaml").seed == 42
     assert parse("evaluate", "--config", "a.yaml", *UPSTREAM, "--checkpoint", "w.pt").checkpoint == "w.pt"
+    assert parse("check", "--config", "a.yaml", *UPSTREAM, "--amp", "--channels-last").amp
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ def test_flags_of_torchdistills_script():
         [],
         ["train"],
         ["evaluate"],
+        ["check"],
+        ["expand"],
         ["report"],
         ["fly"],
         ["train", "--config", "a", "--seed", "x"],
@@ -54,6 +57,8 @@ def test_bad_command_lines(words, capsys):
 @pytest.mark.parametrize(
     ("words", "action"),
     [
+        (["check", "--config", "a"], "run_check"),
+        (["expand", "--config", "a"], "run_expand"),
         (["train", "--config", "a"], "run_train"),
         (["train", "--config", "a", "-test_only"], "run_evaluate"),
         (["evaluate", "--config", "a"], "run_evaluate"),
@@ -61,7 +66,11 @@ def test_bad_command_lines(words, capsys):
     ],
 )
 def test_actions_and_exit_codes(words, action, monkeypatch, capsys):
-    raised: list[Exception | None] = [None, runner.ConfigError("bad config"), FloatingPointError("bad loss")]
+    raised: list[Exception | None] = [
+        None,
+        runner.ConfigError("bad config\nworse config"),
+        FloatingPointError("bad loss"),
+    ]
 
     def act(args: argparse.Namespace) -> None:
         error = raised.pop(0)
@@ -70,7 +79,9 @@ def test_actions_and_exit_codes(words, action, monkeypatch, capsys):
 
     monkeypatch.setattr(runner, action, act)
     assert [cli.main(words) for _ in range(3)] == [0, 2, 2]
-    assert capsys.readouterr().err == "mamba-pkd: error: bad config\nmamba-pkd: error: bad loss\n"
+    assert capsys.readouterr().err == (
+        "mamba-pkd: error: bad config\nmamba-pkd: error: worse config\nmamba-pkd: error: bad loss\n"
+    )
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

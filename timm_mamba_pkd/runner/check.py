@@ -230,9 +230,9 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
     """torchdistill's losses and wrappers take any keyword argument and pass over those that they do not know."""
     at = ("train", name)
     built: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = []
-    for role in ("teacher", "student", "model"):
+    for role, attribute in (("teacher", "teacher_model"), ("student", "student_model"), ("model", "model")):
         wrapper = (stage.get(role) or {}).get("auxiliary_model_wrapper") or {}
-        built.append((getattr(box, f"{role}_model", None), wrapper, (*at, role, "auxiliary_model_wrapper")))
+        built.append((getattr(box, attribute, None), wrapper, (*at, role, "auxiliary_model_wrapper")))
     terms = (stage["criterion"].get("kwargs") or {}).get("sub_terms") or {}
     for term, (loss, _) in getattr(box.criterion, "term_dict", {}).items():
         loss = getattr(loss, "low_level_loss", loss)

@@ -94,13 +94,14 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 def _explain_call(message: str, frames: list[FrameType]) -> str:
     """A TypeError of Python about the arguments of a call, in terms of what the config names; others as they are."""
     call = re.search(
-        r"(?P<name>\w+)(\.__init__)?\(\) (got an unexpected keyword argument '(?P<unknown>\w+)'"
+        r"(?P<name>[\w.]+)\(\) (got an unexpected keyword argument '(?P<unknown>\w+)'"
         r"|missing \d+ required [\w-]+ arguments?: (?P<missing>.*))",
         message,
     )
     if call is None or not frames:
         return message
-    known = parameters(_called(call["name"], frames[-1]) or _nothing)
+    called = call["name"].removesuffix(".__init__")
+    known = parameters(_called(called, frames[-1]) or _nothing)
     for frame in frames:
         for name, function, given in _registered_calls(frame):
             own = parameters(function)
@@ -111,8 +112,8 @@ def _explain_call(message: str, frames: list[FrameType]) -> str:
             if near:
                 return no_parameter(name, near[0], own)
     if call["unknown"]:
-        return no_parameter(call["name"], call["unknown"], known)
-    return f"{call['name']} needs {call['missing']}"
+        return no_parameter(called, call["unknown"], known)
+    return f"{called} needs {call['missing']}"
 
 
 def _nothing() -> None:

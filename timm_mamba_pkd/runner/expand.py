@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -52,7 +52,13 @@ def _call(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.FullLoader):
-    """Every tag gives a `Tagged`."""
+    """Every tag gives a `Tagged`, also those that torchdistill registers with `yaml.FullLoader` itself."""
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: constructor
+        for tag, constructor in yaml.FullLoader.yaml_constructors.items()
+        if not str(tag).startswith("!")
+    }
 
 
 class _Dumper(yaml.Dumper):
