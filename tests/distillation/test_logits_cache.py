@@ -135,7 +135,7 @@ def test_more_views_reuse_those_there(tmp_path):
 
 def one_weight(model: Model) -> Model:
     with torch.no_grad():
-        model.body[1].weight[0, 0] += 1e-6
+        model.get_parameter("body.1.weight")[0, 0] += 1e-6
     return model
 
 
