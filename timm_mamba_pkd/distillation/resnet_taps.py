@@ -40,6 +40,8 @@ class ResNetTaps(nn.Module):
     The logits are the student's own. In eval mode no tap runs, and the state dict is the student's: the taps' weights
     are not saved, and a checkpoint loads into the bare student.
 
+    A tap that no loss hooks gets no gradient: DistributedDataParallel needs ``find_unused_parameters=True``.
+
     Args:
         student: a timm model with ``feature_info`` and ``forward_intermediates``.
         channels, reductions: of ``layer1`` to ``layer4``.
