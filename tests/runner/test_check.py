@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from timm_mamba_pkd.distillation import RULES
 from timm_mamba_pkd.runner import check as checking
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_space, run_bytes, size
@@ -223,3 +224,18 @@ def test_the_warning_of_a_shared_optimizer_is_logged(plain, build, run, tmp_path
     with caplog.at_level(logging.WARNING):
         assert run(path, command="check")[0] == 0
     assert "train.stage2.optimizer is that of train.stage1 by alias" in caplog.text
+
+
+@pytest.mark.parametrize("rule", ["independent", "residual", "bdistil", "assistant"])
+def test_every_rule_and_the_cache(rule, progressive, write, tmp_path):
+    """No cache is opened, but its size is counted where the teacher's or an earlier student's logits are kept."""
+    arguments = progressive["train"]["init"]["kwargs"]
+    arguments["rule"] = rule
+    plain = check(prepare(write(progressive), CPU), CPU)
+    assert [stage.cache_bytes for stage in plain] == [0, 0]
+    arguments["cache_dir"] = str(tmp_path / "cache")
+    first, second = check(prepare(write(progressive), CPU), CPU)
+    row = 3 * 2 + 4  # three float16 logits and a checksum
+    assert first.cache_bytes == 24 * row
+    assert second.cache_bytes == (24 * row if RULES[rule].sees_earlier else 0)
+    assert not (tmp_path / "cache").exists()
