@@ -79,14 +79,14 @@ class BDistil(Rule):
 
     def finish_stage(self, student: Tensor, teacher: Tensor, stage: int) -> Verdict:
         edges = edges_of(student - teacher, self.k_plus, self.k_minus)
-        worst = float(edges.min())
+        worst = float(edges.min()) + 0.0  # no negative zero
         failing = int((edges < -self.slack).any(0).sum())
         passed = failing == 0
         return Verdict(
             passed=passed,
             metrics={"worst_edge": worst, "failing_classes": failing},
             message=f"weak learning condition {'holds' if passed else f'fails for {failing} classes'}: "
-            f"smallest edge {worst:.3f}, allowed {-self.slack:g}",
+            f"smallest edge {worst:.3f}, allowed {0 - self.slack:g}",
         )
 
     def accept_stage(self, student: Tensor, teacher: Tensor, stage: int) -> None:
@@ -107,4 +107,4 @@ def log_barrier(z: Tensor, gamma: float) -> Tensor:
     bound = 1 / gamma**2
     inside = -torch.log((-z).clamp_min(bound)) / gamma
     outside = gamma * z - math.log(bound) / gamma + 1 / gamma
-    return torch.where(z <= -bound, inside, outside)
+    return torch.where(z < -bound, inside, outside)
