@@ -141,6 +141,8 @@ def test_unknown_arguments_of_the_schedule(problems, progressive):
         ("train.train_data_loader", "fake/train", "train.train_data_loader must be a section, got 'fake/train'"),
         ("train.train_data_loader.sampler", None, "train.train_data_loader.sampler must be a section, got nothing"),
         ("train.optimizer.grad_accum_step", 0, "train.optimizer.grad_accum_step must be an integer of at least 1"),
+        ("train.optimizer.kwargs.lr", "high", "train.optimizer.kwargs.lr must be a number, got 'high'"),
+        ("train.scheduler", {"key": "StepLR", "kwargs": {"step_size": "x"}}, "kwargs.step_size must be a number, got"),
         ("train.optimizer.kwargs", None, "train.optimizer.kwargs must be a section, got nothing"),
         ("train.criterion.kwargs.sub_terms.ce.weight", "1", "sub_terms.ce.weight must be a number, got '1'"),
         ("models", None, "models must be a section, got nothing"),

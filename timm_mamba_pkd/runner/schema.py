@@ -35,9 +35,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Each:
-    """A mapping from any names to values of one kind."""
+    """A mapping from any names to values of one kind; some names may have a kind of their own."""
 
     spec: Any
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ MODULE_WISE = Items(Section({"module": ANY, "kwargs": Maybe(ANY), "is_teacher": 
 OPTIMIZER = Section(
     {
         "key": ANY,
-        "kwargs": Each(ANY),
+        "kwargs": Each(ANY, dict.fromkeys(("lr", "weight_decay", "momentum"), NUMBER)),
         "module_wise_configs": MODULE_WISE,
         "module_wise_kwargs": MODULE_WISE,
         "filters_params": FLAG,
@@ -117,7 +118,14 @@ OPTIMIZER = Section(
     },
     ("key", "kwargs"),
 )
-SCHEDULER = Section({"key": ANY, "kwargs": Each(ANY), "scheduling_step": COUNT}, ("key", "kwargs"))
+SCHEDULER = Section(
+    {
+        "key": ANY,
+        "kwargs": Each(ANY, dict.fromkeys(("gamma", "step_size", "T_max"), NUMBER)),
+        "scheduling_step": COUNT,
+    },
+    ("key", "kwargs"),
+)
 RECORDED = {"is_from_teacher": FLAG, "module_path": ANY, "io": ANY}
 COMPARED = {
     "input": Section(RECORDED, tuple(RECORDED)),
@@ -325,7 +333,7 @@ def _check(node: yaml.Node, spec: Any, where: str, key: yaml.Node) -> Iterator[P
         yield _line(key), f"{where} must be a section, got {article(node)}"
     elif isinstance(spec, Each):
         for name, value in pairs(node):
-            yield from _check(value, spec.spec, f"{where}.{name.value}", name)
+            yield from _check(value, spec.known.get(name.value, spec.spec), f"{where}.{name.value}", name)
     elif isinstance(spec, Section):
         yield from _keys(node, spec, where, key)
 
