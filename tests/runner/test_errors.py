@@ -287,7 +287,7 @@ def test_a_path_that_only_a_late_student_lacks(progressive, run, errors):
         ),
         (
             with_value("none", "train", "criterion", "kwargs", "sub_terms", "ce", "criterion", "kwargs", "reduction"),
-            "line 79: train.stage1: the loss has shape \\(8,\\) instead of being a number",
+            "line 79: train.stage1: the loss has shape \\(8,\\) instead of one number",
         ),
     ],
 )  # fmt: skip

@@ -161,6 +161,14 @@ def test_types_and_ranges(path, value, message, problems, plain):
     assert any(message in problem for problem in problems(plain))
 
 
+@pytest.mark.parametrize("number", ["0x10", "0b11", "1:30", "1_000", "017"])
+def test_all_integers_of_yaml_are_integers(number, problems, plain, write):
+    plain["train"]["num_epochs"] = 12345
+    path = write(plain)
+    path.write_text(path.read_text().replace("12345", number))
+    assert problems(path) == []
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

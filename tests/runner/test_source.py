@@ -97,6 +97,21 @@ def test_a_list_that_contains_itself(read):
     assert read("a: &a [*a]\nb: 1\n").line(("b",)) == 2
 
 
+def test_a_mapping_merged_into_itself(read):
+    assert read("a: &a\n  x: 1\n  <<: *a\n").line(("a", "y")) == 1
+
+
+def test_what_shows_only_when_it_is_loaded(read):
+    with pytest.raises(
+        ConfigError, match=r"line 2: not valid YAML: expected a mapping or list of mappings for merging"
+    ):
+        read("a:\n  <<: 3\n").load()
+    with pytest.raises(
+        ConfigError, match=r"line 1: not valid YAML: could not determine a constructor for the tag '!x'"
+    ):
+        read("a: !x 1\n").load()
+
+
 def test_errors_are_located_once(read, tmp_path):
     source = read("a: 1\nb: 2\n")
     with pytest.raises(ConfigError) as error, source.locating(), source.locating():

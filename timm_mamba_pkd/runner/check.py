@@ -207,9 +207,10 @@ def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, s
         raise ConfigError(f"train.{stage}: a training step fails: {explain(error)}", at=("train", stage)) from error
     if not isinstance(loss, torch.Tensor):
         raise ConfigError(f"train.{stage}: criterion has no sub_terms: there is nothing to learn", at=criterion)
-    if loss.ndim > 0 or not loss.requires_grad:
-        fault = f"has shape {tuple(loss.shape)} instead of being a number" if loss.ndim > 0 else "trains nothing"
-        raise ConfigError(f"train.{stage}: the loss {fault}", at=criterion)
+    if loss.numel() != 1:
+        raise ConfigError(f"train.{stage}: the loss has shape {tuple(loss.shape)} instead of one number", at=criterion)
+    if not loss.requires_grad:
+        raise ConfigError(f"train.{stage}: the loss depends on nothing that is trained", at=criterion)
     loss.backward()
     value = loss.item()  # waits for the device
     if not np.isfinite(value):

@@ -65,7 +65,7 @@ class Maybe:
 
 
 def _at_least(bound: float) -> Callable[[str], bool]:
-    return lambda text: float(text.replace("_", "")) >= bound
+    return lambda text: yaml.safe_load(text) >= bound
 
 
 ANY = None

@@ -104,9 +104,9 @@ class Source:
         return line if line is None else line_named(node, message) or line
 
 
-def pairs(node: yaml.Node | None) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+def pairs(node: yaml.Node | None, within: tuple[yaml.Node, ...] = ()) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     """Keys and values of a mapping, with those merged into it by ``<<``; of anything else none."""
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or node in within:
         return []
     own = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
     names = {key.value for key, _ in own}
@@ -114,7 +114,7 @@ def pairs(node: yaml.Node | None) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     for key, value in own:
         if key.tag == "tag:yaml.org,2002:merge":
             for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                merged += [pair for pair in pairs(part) if pair[0].value not in names]
+                merged += [pair for pair in pairs(part, (*within, node)) if pair[0].value not in names]
                 names |= {name.value for name, _ in merged}
     return [pair for pair in own if pair[0].tag != "tag:yaml.org,2002:merge"] + merged
 
