@@ -299,6 +299,14 @@ def test_bad_plain_configs(change, message, plain, run, errors):
     assert re.search(message, error), error
 
 
+def test_a_loss_that_depends_on_nothing_trained(progressive, run, errors):
+    arguments(progressive)["rule"] = "independent"
+    with_value(True, *CE, "criterion_wrapper", "kwargs", "input", "is_from_teacher")(progressive)
+    code, folder = run(progressive)
+    assert code == 2 and not folder.exists()
+    assert errors() == ["line 93: train.stage1: the loss depends on nothing that is trained"]
+
+
 def test_bad_late_stages(plain, build, run, errors):
     model = {"forward_proc": "forward_batch_only"}
     good, bad = build.stage(model=model), build.stage(model=model, optimizer={"key": "AdamX", "kwargs": {}})
