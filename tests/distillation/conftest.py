@@ -18,11 +18,12 @@ CLASSES = 3
 
 
 class Digits(Dataset):
-    """16 images of 3 classes that a transform shifts by a random number."""
+    """Images of 3 classes that a transform shifts by a random number."""
 
     classes = ("0", "1", "2")
 
-    def __init__(self, count: int = 16) -> None:
+    def __init__(self, count: int = 16, noise: float = 0.1) -> None:
+        self.noise = noise
         self.images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         self.targets = [i % CLASSES for i in range(count)]
 
@@ -30,7 +31,7 @@ class Digits(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index] + 0.1 * torch.rand(()), self.targets[index]
+        return self.images[index] + self.noise * torch.rand(()), self.targets[index]
 
 
 def teacher_and_students(students: Any = tuple(STUDENTS), **kwargs: Any) -> tuple[nn.Module, MambaPKDEnsemble]:
@@ -79,9 +80,13 @@ def train_one_epoch(box: Any, epoch: int) -> list[float]:
 
 
 def epochs(box: Any) -> Iterator[int]:
-    """Train epoch by epoch as ``mamba-pkd train`` does, and give control before each post-epoch process."""
+    """Train epoch by epoch as ``mamba-pkd train`` does, and give control before each post-epoch process.
+
+    The sampler draws the same order in epoch e of every run.
+    """
     epoch = 0
     while epoch < box.num_epochs:
+        torch.manual_seed(epoch)
         train_one_epoch(box, epoch)
         yield epoch
         box.post_epoch_process(metrics=0.0)
@@ -110,4 +115,6 @@ def tiny() -> SimpleNamespace:
     functions: list[Callable[..., Any]] = [
         teacher_and_students, schedule, box_of, train_one_epoch, epochs, snapshot, same, count_calls,
     ]  # fmt: skip
-    return SimpleNamespace(STUDENTS=STUDENTS, CLASSES=CLASSES, **{each.__name__: each for each in functions})
+    return SimpleNamespace(
+        Digits=Digits, STUDENTS=STUDENTS, CLASSES=CLASSES, **{each.__name__: each for each in functions}
+    )

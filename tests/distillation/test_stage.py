@@ -172,6 +172,7 @@ def test_fitnet_hint_on_part_of_the_student(tiny):
         before = [tiny.snapshot(student) for student in ensemble.students]
         for epoch in range(2):
             tiny.train_one_epoch(box, epoch)
+            assert int(box.train_data_loader.dataset.view) == epoch
             box.post_epoch_process()
         for i, student in enumerate(ensemble.students, start=1):
             changed = {
