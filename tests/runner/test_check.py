@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -161,7 +162,7 @@ def test_command(progressive, run, capsys, tmp_path):
   stage 1: mamba_pkd_s1, 7 epochs of 3 steps of [\d.]+ ms, about .*
   stage 2: mamba_pkd_s2, 7 epochs of 3 steps of [\d.]+ ms, about .*
   time: about .* on cpu for the training steps alone
-  disk: about .*B of .*B that are free for {folder}
+  disk: about .*B in {folder}
 config OK
 """
     out = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_slow_steps_are_not_repeated(plain, write, monkeypatch):
     steps = []
     monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 3.0)
     (stage,) = check(prepare(write(plain), CPU), CPU)
-    assert len(steps) == 1 and stage == StageEstimate(None, 1, 3, 3.0, 0) and stage.seconds == 9.0
+    assert len(steps) == 1 and stage == StageEstimate(None, 1, 3, 3.0, 0, None) and stage.seconds == 9.0
     steps.clear()
     monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 2.0 - len(steps))
     assert check(prepare(write(plain), CPU), CPU)[0].seconds_per_step == 0.0
@@ -191,9 +192,8 @@ def test_disk(progressive, run, write, monkeypatch, errors, tmp_path):
     progressive["models"]["student_model"]["dst_ckpt"] = str(tmp_path / "ensemble.pt")
     job = prepare(write(progressive), CPU)
     assert run_bytes(job) == 3 * parameters
-    cached = StageEstimate("mamba_pkd_s1", 1, 1, 0.1, cache_bytes=1000)
-    needed, free = require_space(job, Path("runs/new/folder"), [cached, cached])
-    assert needed == 3 * parameters + 2000 and free > needed
+    cached = StageEstimate("mamba_pkd_s1", 1, 1, 0.1, cache_bytes=1000, cache_dir=str(tmp_path / "new" / "cache"))
+    assert require_space(job, Path("runs/new/folder"), [cached, cached]) == (3 * parameters, 2000)
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     for command in ("check", "train"):
@@ -239,3 +239,40 @@ def test_every_rule_and_the_cache(rule, progressive, write, tmp_path):
     assert first.cache_bytes == 24 * row
     assert second.cache_bytes == (24 * row if RULES[rule].sees_earlier else 0)
     assert not (tmp_path / "cache").exists()
+
+
+def test_more_views_than_disk(progressive, run, errors, tmp_path):
+    schedule = progressive["train"]["init"]["kwargs"]
+    schedule |= {"cache_dir": str(tmp_path / "cache"), "num_epochs": 10**12, "views": {"num_views": 10**12}}
+    for command in ("check", "train"):
+        code, folder = run(progressive, command=command)
+        assert code == 2 and not folder.exists() and not (tmp_path / "cache").exists()
+        (line,) = errors()
+        # 24 samples, 3 classes: 10 bytes a row; the residual rule caches the teacher and the first student.
+        assert re.fullmatch(
+            r"the run needs about 480 TB, 480 TB of them for cached logits \(fewer num_views take less\), but only .*B "
+            rf"are free in {tmp_path}",
+            line,
+        ), line
+
+
+def test_unusable_cache_folder(progressive, run, errors, tmp_path):
+    (tmp_path / "file").touch()
+    progressive["train"]["init"]["kwargs"]["cache_dir"] = str(tmp_path / "file" / "cache")
+    for command in ("check", "train"):
+        assert run(progressive, command=command)[0] == 2
+        assert errors()[0].endswith(f"cache_dir {tmp_path}/file/cache cannot be written: {tmp_path}/file is a file")
+
+
+def test_a_cache_of_something_else_ends_the_run_in_one_line(progressive, run, errors, tmp_path):
+    progressive["models"]["teacher_model"]["src_ckpt"] = str(tmp_path / "teacher.pt")
+    teacher = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    progressive["train"]["init"]["kwargs"]["cache_dir"] = str(tmp_path / "cache")
+    assert run(progressive)[0] == 0
+    (folder,) = (tmp_path / "cache").glob("teacher-*")
+    meta = folder / "meta.json"
+    meta.write_text(meta.read_text().replace('"seed": 42', '"seed": 43'))
+    assert run(progressive, output="again")[0] == 2
+    (line,) = errors()
+    assert line == (f"cache {folder} was made from another seed: delete the folder, or choose another cache_dir")

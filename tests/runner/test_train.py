@@ -71,7 +71,7 @@ def test_progressive_run_leaves_a_full_folder(progressive, run, write, tmp_path,
     weights = {path.name: load_file(path) for path in (folder / "weights").iterdir()}
     assert set(weights) == {f"{k}_{name}.safetensors" for k, name in enumerate(STUDENTS, 1)} | {"ensemble.safetensors"}
     ensemble = weights["ensemble.safetensors"]
-    assert ensemble["num_active"] == 2
+    assert ensemble["active"].tolist() == [True, True]
     for i, name in enumerate(STUDENTS):
         member = {n.removeprefix(f"students.{i}."): t for n, t in ensemble.items() if n.startswith(f"students.{i}.")}
         path = folder / "weights" / f"{i + 1}_{name}.safetensors"
@@ -160,7 +160,7 @@ def test_amp_trains_and_keeps_float32_weights(progressive, run):
     assert [line["loss"] for line in metrics(folder)] == pytest.approx(losses, rel=0.05)
     assert [line["loss"] for line in metrics(folder)] != losses
     weights = load_file(folder / "weights" / "ensemble.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32, torch.int64}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32, torch.int64, torch.bool}
     progressive["train"]["init"]["kwargs"]["amp"] = True
     assert run(progressive, "--channels-last", output="by_config")[0] == 0
     assert_equal(weights, load_file(folder.parent / "by_config" / "weights" / "ensemble.safetensors"))

@@ -38,6 +38,7 @@ class StageEstimate:
     steps: int
     seconds_per_step: float
     cache_bytes: int
+    cache_dir: str | None
 
     @property
     def seconds(self) -> float:
@@ -72,17 +73,28 @@ def run_bytes(job: Job) -> int:
 
 
 def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tuple[int, int]:
-    """Bytes that a run in ``folder`` writes, and that are free there.
+    """Bytes that a run in ``folder`` writes there and into its caches.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit the disks.
     """
-    needed = run_bytes(job) + sum(stage.cache_bytes for stage in estimates)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ConfigError(f"the run needs about {size(needed)}, but only {size(free)} are free in {existing}")
-    return needed, free
+    cached = sum(stage.cache_bytes for stage in estimates)
+    wanted = {folder: run_bytes(job)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
+    wanted[list(wanted)[-1]] += cached
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, number in wanted.items():
+        path = path.expanduser().absolute()
+        existing = next(part for part in (path, *path.parents) if part.exists())
+        device = existing.stat().st_dev
+        disks[device] = existing, number + disks.get(device, (existing, 0))[1]
+    for existing, needed in disks.values():
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            cache = f", {size(cached)} of them for cached logits (fewer num_views take less)" if cached else ""
+            raise ConfigError(
+                f"the run needs about {size(needed)}{cache}, but only {size(free)} are free in {existing}"
+            )
+    return run_bytes(job), cached
 
 
 def size(number: float) -> str:
@@ -147,6 +159,7 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
             steps=len(box.train_data_loader),
             seconds_per_step=seconds,
             cache_bytes=getattr(wrapper, "cache_bytes", 0),
+            cache_dir=wrapper.cache_dir if isinstance(wrapper, StageWrapper) else None,
         )
     box.clean_modules()
 
@@ -196,6 +209,9 @@ def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, s
     if not targets.is_floating_point() and targets.max() >= job.num_classes:
         message = f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
         raise ConfigError(message, at=("models", job.student_role))
+    if targets.is_floating_point() and targets.shape[1:] != (job.num_classes,):
+        message = f"train.{stage}: views mix labels of {targets.shape[-1]} classes, the models have {job.num_classes}"
+        raise ConfigError(message, at=("train", stage, "train_data_loader"))
     started = time.perf_counter()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):

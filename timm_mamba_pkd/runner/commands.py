@@ -13,6 +13,7 @@ from torchdistill.common.constant import LOGGING_FORMAT
 from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
+from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
@@ -32,7 +33,7 @@ def run_check(args: argparse.Namespace) -> None:
     run = _run_folder(args)
     device, job, amp = _set_up(args)
     estimates = check(job, device, amp)
-    needed, free = require_space(job, run.path, estimates)
+    written, cached = require_space(job, run.path, estimates)
     print(job.source.path)
     for number, stage in enumerate(estimates, start=1):
         student = stage.student or job.student_config["key"]
@@ -41,8 +42,9 @@ def run_check(args: argparse.Namespace) -> None:
             f"{1000 * stage.seconds_per_step:.3g} ms, about {duration(stage.seconds)}"
         )
     total = sum(stage.seconds for stage in estimates)
-    print(f"  time: about {duration(total)} on {device} for the training steps alone")
-    print(f"  disk: about {size(needed)} of {size(free)} that are free for {run.path}")
+    cache = ", less what the cache saves" if cached else ""
+    print(f"  time: about {duration(total)} on {device} for the training steps alone{cache}")
+    print(f"  disk: about {size(written)} in {run.path}" + (f", {size(cached)} of cached logits" if cached else ""))
     print("config OK")
 
 
@@ -67,7 +69,10 @@ def run_train(args: argparse.Namespace) -> None:
     with _logging_to(args.run_log or run.log):
         if args.log_config:
             logger.info(job.config)
-        train(job, box, run, device, amp)
+        try:
+            train(job, box, run, device, amp)
+        except CacheError as error:
+            raise ConfigError(str(error)) from error
         _report(args, run, device, _test(args, job, device, amp))
 
 
