@@ -10,6 +10,7 @@ from torchdistill.losses.mid_level import ATLoss, DISTLoss, KDLoss, LogitStdKDLo
 
 from timm_mamba_pkd import MambaPKDEnsemble
 from timm_mamba_pkd.distillation import StageWrapper
+from timm_mamba_pkd.distillation.rules import Residual
 
 RESIDUAL: dict[str, Any] = {"key": "residual"}
 LOGITS: dict[str, Any] = {
@@ -212,3 +213,14 @@ def test_wrapper_refuses(tiny):
         StageWrapper(ensemble.students[0], stage=1, name="mamba_pkd_s1", rule=RESIDUAL)
     with pytest.raises(ValueError, match="stage 1 is to train mamba_pkd_s7, but the ensemble's students are mamba_pkd"):
         StageWrapper(ensemble, stage=1, name="mamba_pkd_s7", rule=RESIDUAL)
+
+
+def test_a_rule_may_refuse_a_combination(tiny, monkeypatch):
+    _, ensemble = tiny.teacher_and_students()
+    ensemble.set_combination("per_class")
+    monkeypatch.setattr(Residual, "combinations", ("mean", "per_student"))
+    message = "the rule combines the students by mean or per_student, but the ensemble's combination is per_class"
+    with pytest.raises(ValueError, match=message):
+        StageWrapper(ensemble, stage=1, name="mamba_pkd_s1", rule=RESIDUAL)
+    ensemble.set_combination("per_student")
+    StageWrapper(ensemble, stage=1, name="mamba_pkd_s1", rule=RESIDUAL)

@@ -168,6 +168,13 @@ def test_samples_below_the_teacher_get_more_of_k_plus():
     assert rule.k_plus[0] > 0.25 > rule.k_plus[3]
 
 
+def test_a_sample_whose_weight_vanished_comes_back():
+    rule = started(2, 1, step_size=1.0)
+    for error in (200.0, -300.0):  # exp(-200) is 0 in float32
+        rule.accept_stage(torch.tensor([[error], [0.0]]), torch.zeros(2, 1), 1)
+    assert rule.k_plus[0] > 0.99 and rule.k_minus[0] < 0.01
+
+
 @pytest.mark.parametrize("gamma", [0.3, 1.0, 10.0, 200.0])
 def test_log_barrier(gamma):
     junction = -1 / gamma**2
