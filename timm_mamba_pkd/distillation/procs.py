@@ -152,7 +152,7 @@ def _fit_combination(box: Any, wrapper: StageWrapper) -> None:
         targets.append(labels.to(box.device))
     wrapper.train()
     for k in range(1, count + 1):
-        row = fit_weights(torch.cat(logits, 1)[:k], torch.cat(targets), per_class=ensemble.weights.ndim == 3)
+        row = fit_weights(torch.cat(logits, 1)[:k], torch.cat(targets), per_class=ensemble.combination == "per_class")
         ensemble.weights[k - 1, :k] = row
     logger.info("Fitted the weights of the ensemble on %d validation images", len(torch.cat(targets)))
 

@@ -63,6 +63,11 @@ class StageWrapper(AuxiliaryModelWrapper):
             shared.clear()
         self.rule: Rule = shared.setdefault("rule", None) or build_rule(rule)
         shared["rule"] = self.rule
+        if student_model.combination not in self.rule.combinations:
+            raise ValueError(
+                f"the rule combines the students by {' or '.join(self.rule.combinations)}, but the ensemble's "
+                f"combination is {student_model.combination}"
+            )
         order = self.rule.order(len(student_model.students))
         self.stage = stage
         self.position = order[stage - 1]

@@ -8,7 +8,7 @@ import torch
 from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
-from timm_mamba_pkd.models.combination import combine, uniform_weights
+from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
 from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
 from timm_mamba_pkd.models.reuse import Reuse, run_students
 
@@ -103,6 +103,11 @@ class MambaPKDEnsemble(nn.Module):
         """How many students `forward` uses."""
         return int(self.active.sum())
 
+    @property
+    def combination(self) -> str:
+        """How the students' logits are combined: 'mean', 'per_student' or 'per_class'."""
+        return "mean" if self.weights is None else COMBINATIONS[self.weights.ndim - 1]
+
     def set_combination(self, combination: str) -> None:
         """Combine by 'mean', 'per_student' or 'per_class', with the weights of the mean."""
         self.weights = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
@@ -140,8 +145,7 @@ class MambaPKDEnsemble(nn.Module):
                 self._connect_like(int(match[1]), tensor.shape[1])
         if weights is not None or self.weights is None:
             return {}
-        combination = "per_student" if self.weights.ndim == 2 else "per_class"
-        mean = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
+        mean = uniform_weights(len(self.students), self.num_classes, self.combination, self.active.device)
         assert mean is not None
         return {"weights": mean}
 
@@ -204,8 +208,7 @@ class MambaPKDEnsemble(nn.Module):
         self.num_classes = num_classes
         for student in self.students:
             student.reset_classifier(num_classes, global_pool)
-        if self.weights is not None:
-            self.set_combination("per_student" if self.weights.ndim == 2 else "per_class")
+        self.set_combination(self.combination)
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -74,6 +74,10 @@ class RetriesWithoutAVerdict(Sound):
     max_retries = 1
 
 
+class CombinesByMedian(Sound):
+    combinations = ("median",)
+
+
 class LossOfEverySample(Sound):
     def loss(self, batch: Batch) -> Tensor:
         return (batch.student - batch.teacher).square().mean(1)
@@ -168,6 +172,7 @@ class MeasuresTensors(Sound):
 BROKEN: list[tuple[type[Rule], Any, str]] = [
     (TrainsAStudentTwice, contract.has_sound_attributes, r"order\(2\) must name each of 2 students once"),
     (HasParameters, contract.has_sound_attributes, "what a rule keeps belongs into buffers"),
+    (CombinesByMedian, contract.has_sound_attributes, "combinations must be some of mean, per_student, per_class"),
     (RetriesWithoutAVerdict, contract.has_sound_attributes, "only a rule that judges can ask for retries"),
     (LossOfEverySample, contract.gives_a_finite_loss_with_a_gradient, r"must be a scalar, got shape \(4,\) in stage 1"),
     (LogOfNegativeNumbers, contract.gives_a_finite_loss_with_a_gradient, "the loss is nan in stage 1"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_mamba_pkd.distillation.rules import Batch, Rule, Verdict, build_rule
+from timm_mamba_pkd.models.combination import COMBINATIONS
 
 SAMPLES, CLASSES, STAGES = 12, 3, 3
 
@@ -31,6 +32,8 @@ def has_sound_attributes(config: str | dict[str, Any]) -> None:
     for n in (1, 2, 7):
         assert sorted(rule.order(n)) == list(range(n)), f"order({n}) must name each of {n} students once"
     assert isinstance(rule.max_retries, int) and rule.max_retries >= 0, "max_retries must be an integer of at least 0"
+    unknown = set(rule.combinations) - set(COMBINATIONS)
+    assert rule.combinations and not unknown, f"combinations must be some of {', '.join(COMBINATIONS)}"
     assert rule.judges or rule.max_retries == 0, "only a rule that judges can ask for retries"
     assert not list(rule.parameters()), "what a rule keeps belongs into buffers: the optimizer never sees a rule"
 

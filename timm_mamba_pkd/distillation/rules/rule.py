@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
+from timm_mamba_pkd.models.combination import COMBINATIONS
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,6 +58,7 @@ class Rule(nn.Module):
         adds_loss: False if the user's criterion is all there is and `loss` is never called.
         largest_first: train the ensemble's students from the last to the first.
         judges: whether `finish_stage` wants the logits of the whole training set after each stage.
+        combinations: of the ensemble (the ``combination`` of ``mamba_pkd_ensemble``) that suit the rule.
         max_retries: how often a student whose verdict is not passed is trained again, each time with connections to
             one more of the students before it.
     """
@@ -64,6 +67,7 @@ class Rule(nn.Module):
     adds_loss: bool = True
     largest_first: bool = False
     judges: bool = False
+    combinations: tuple[str, ...] = COMBINATIONS
     max_retries: int = 0
 
     def order(self, num_students: int) -> list[int]:
