@@ -183,6 +183,8 @@ TAKEN = {
         ({"student": {"auxiliary_model_wrapper": {"key": "X"}}}, "student.auxiliary_model_wrapper"),
         ({"student": {"forward_proc": "forward_batch_only"}}, "student.forward_proc is the schedule's own; remove it"),
         ({"student": {"sequential": ["stem"]}}, "rule residual needs the student's logits: remove student.sequential"),
+        ({"cache_dir": ""}, "cache_dir must be the path of a folder, got ''"),
+        ({"cache_dir": "x", "train_data_loader": {"collate_fn": "mix"}}, "collate_fn mix may change the images"),
         ({"views": {"num_view": 3}}, "views has no 'num_view'; it has num_views, seed, mixup_alpha"),
         ({"views": {"wrapper": {}}}, "views has no 'wrapper'"),
         ({"views": {"num_views": 0}}, "views: num_views must be an integer of at least 1, got 0"),

@@ -71,6 +71,15 @@ def test_a_connection_starts_as_none(x):
     torch.testing.assert_close(list(model.run(x)), before[1], rtol=0, atol=0)
 
 
+def test_more_connections_keep_those_there_are(x):
+    model = connected()
+    before = model(x)
+    model.connect(3, 3)
+    torch.testing.assert_close(model(x), before)
+    model.reuse["3"].projections[0].weight.data[:, 0] += 1  # of the farthest student
+    assert not torch.allclose(model(x), before)
+
+
 def test_a_connection_learns(x):
     model = make()
     model.connect(1, 1)

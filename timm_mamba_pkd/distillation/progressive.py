@@ -54,22 +54,13 @@ def progressive(
 
     Raises:
         ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, views out of range, a teacher
-            to be trained, an auxiliary wrapper or forward_proc for the student, ``sequential`` parts of the student
-            with a rule that needs its logits, or a criterion without terms or with one named 'rule'.
+            to be trained, a cache_dir beside a collate_fn, an auxiliary wrapper or forward_proc for the student,
+            ``sequential`` parts of it with a rule that needs its logits, or a criterion without terms or with one
+            named 'rule'.
     """
-    if isinstance(students, str) or not isinstance(students, Sequence) or not students:
-        raise ValueError(f"progressive: students must be a list of at least one name, got {students!r}")
-    if not isinstance(num_epochs, int) or num_epochs < 1:
-        raise ValueError(f"progressive: num_epochs must be an integer of at least 1, got {num_epochs!r}")
-    if (teacher or {}).get("requires_grad"):
-        raise ValueError("progressive: the teacher stays frozen; remove teacher.requires_grad")
-    for key in ("auxiliary_model_wrapper", "forward_proc"):
-        if key in (student or {}):
-            raise ValueError(f"progressive: student.{key} is the schedule's own; remove it")
-    if not isinstance((criterion.get("kwargs") or {}).get("sub_terms"), dict):
-        raise ValueError("progressive: criterion needs kwargs.sub_terms, as torchdistill's WeightedSumLoss has")
-    if cache_dir is not None and (not isinstance(cache_dir, str) or not cache_dir):
-        raise ValueError(f"progressive: cache_dir must be the path of a folder, got {cache_dir!r}")
+    _check_arguments(students, num_epochs, teacher or {}, student or {}, criterion)
+    if cache_dir is not None:
+        _check_cache(cache_dir, train_data_loader)
     chosen = build_rule(rule)
     rule = {"key": rule} if isinstance(rule, str) else rule
     parts = bool((student or {}).get("sequential"))  # torchdistill then runs them without the stage's wrapper
@@ -100,6 +91,32 @@ def progressive(
         kwargs = {"stage": k, "name": students[position], "rule": copy.deepcopy(rule), "cache_dir": cache_dir}
         stage["student"]["auxiliary_model_wrapper"] = {"key": STAGE_WRAPPER, "kwargs": kwargs}
     return {"log_freq": log_freq, "amp": amp, **stages}
+
+
+def _check_arguments(
+    students: Any, num_epochs: Any, teacher: dict[str, Any], student: dict[str, Any], criterion: dict[str, Any]
+) -> None:
+    if isinstance(students, str) or not isinstance(students, Sequence) or not students:
+        raise ValueError(f"progressive: students must be a list of at least one name, got {students!r}")
+    if not isinstance(num_epochs, int) or num_epochs < 1:
+        raise ValueError(f"progressive: num_epochs must be an integer of at least 1, got {num_epochs!r}")
+    if teacher.get("requires_grad"):
+        raise ValueError("progressive: the teacher stays frozen; remove teacher.requires_grad")
+    for key in ("auxiliary_model_wrapper", "forward_proc"):
+        if key in student:
+            raise ValueError(f"progressive: student.{key} is the schedule's own; remove it")
+    if not isinstance((criterion.get("kwargs") or {}).get("sub_terms"), dict):
+        raise ValueError("progressive: criterion needs kwargs.sub_terms, as torchdistill's WeightedSumLoss has")
+
+
+def _check_cache(cache_dir: Any, loader: dict[str, Any]) -> None:
+    if not isinstance(cache_dir, str) or not cache_dir:
+        raise ValueError(f"progressive: cache_dir must be the path of a folder, got {cache_dir!r}")
+    if loader.get("collate_fn"):
+        raise ValueError(
+            f"progressive: train_data_loader.collate_fn {loader['collate_fn']} may change the images whose logits are "
+            "cached: remove it, or cache_dir; mixup and cutmix are in views"
+        )
 
 
 def _with_views(loader: dict[str, Any], views: dict[str, Any] | None, num_epochs: int) -> dict[str, Any]:

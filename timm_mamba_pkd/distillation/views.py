@@ -53,7 +53,7 @@ class Views(Dataset):
         check_views(num_views=num_views, seed=seed, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
         self.num_views = num_views
         self.seed = seed
-        self.alphas = (mixup_alpha, cutmix_alpha)
+        self.alphas = (float(mixup_alpha), float(cutmix_alpha))
         self.num_classes = num_classes or _num_classes(org_dataset)
         if self.mixes and self.num_classes is None:
             raise ValueError("views: mixup and cutmix need num_classes, which this data set does not tell")

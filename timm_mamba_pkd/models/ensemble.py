@@ -115,6 +115,8 @@ class MambaPKDEnsemble(nn.Module):
     def connect(self, position: int, num_sources: int) -> None:
         """Let the student at ``position`` (from 0) reuse the features of the ``num_sources`` students before it.
 
+        Connections that it has keep their weights, new ones start at zero.
+
         Raises:
             ValueError: there are fewer students before it, or one of them is none of ours.
         """
@@ -123,7 +125,11 @@ class MambaPKDEnsemble(nn.Module):
         if not self.can_connect(position, num_sources):
             raise ValueError(f"only {', '.join(STUDENTS)} can reuse features, not {', '.join(self.names)}")
         models = self.students[position - num_sources : position + 1]
-        self.reuse[str(position)] = Reuse(models[-1], list(models)[:-1])
+        new = Reuse(models[-1], list(models)[:-1])
+        known = self.connections()[position]
+        if known is not None and known.num_sources < num_sources:
+            new.take_over(known)
+        self.reuse[str(position)] = new
 
     def can_connect(self, position: int, num_sources: int) -> bool:
         """Whether the student at ``position`` and the ``num_sources`` before it are all ours."""

@@ -31,6 +31,12 @@ class Reuse(nn.Module):
         for projection in self.projections:
             nn.init.zeros_(projection.weight)  # pyright: ignore[reportArgumentType]
 
+    @torch.no_grad()
+    def take_over(self, fewer: "Reuse") -> None:
+        """Take the weights of connections to fewer, nearer sources."""
+        for own, other in zip(self.projections, fewer.projections, strict=True):
+            own.weight[:, -other.weight.shape[1] :] = other.weight  # pyright: ignore
+
 
 def run_students(
     students: Sequence[nn.Module], reuse: Sequence[Reuse | None], x: Tensor, positions: Iterable[int]
