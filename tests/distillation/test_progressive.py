@@ -198,7 +198,10 @@ TAKEN = {
         ({"criterion": NO_TERMS, "rule": "independent"}, "there is nothing to learn"),
         ({"rule": "residul"}, "unknown rule 'residul'; known: assistant, bdistil, independent, residual"),
         ({"rule": None}, "rule must be a name or"),
-        ({"rule": "no_such_package.Rule"}, "rule no_such_package.Rule cannot be imported: No module named"),
+        (
+            {"rule": "no_such_package.Rule"},
+            "rule no_such_package.Rule cannot be imported: ModuleNotFoundError: No module named",
+        ),
         ({"rule": "timm.create_model"}, "rule timm.create_model is no subclass of timm_mamba_pkd.distillation.Rule"),
         ({"rule": {"key": "residual", "kwargs": {"stepp": 0}}}, "rule residual: .*'stepp'"),
         ({"rule": {"key": "residual", "kwargs": {"step": 2}}}, "step must be from 0 to 1, got 2"),

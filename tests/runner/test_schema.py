@@ -231,6 +231,7 @@ def test_an_optimizer_shared_by_alias(plain, build, tmp_path):
     optimizer = {"key": "SGD", "kwargs": {"lr": 0.1}}
     stage = build.stage(model=model, optimizer=optimizer)
     plain["train"] = {"log_freq": 1, "stage1": stage, "stage2": {**build.stage(model=model), "optimizer": optimizer}}
+    plain["datasets"] = {}  # without their tags they would be no data sets
     text = yaml.safe_dump(_plain(plain), sort_keys=False)
     path = tmp_path / "shared.yaml"
     path.write_text(text)

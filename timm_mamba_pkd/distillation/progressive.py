@@ -120,6 +120,8 @@ def _check_cache(cache_dir: Any, loader: dict[str, Any]) -> None:
 
 
 def _with_views(loader: dict[str, Any], views: dict[str, Any] | None, num_epochs: int) -> dict[str, Any]:
+    if views is not None and not isinstance(views, dict):
+        raise ValueError(f"progressive: views must be a section such as {{num_views: 16}}, got {views!r}")
     kwargs = {"num_views": num_epochs, **(views or {})}
     unknown = sorted(set(kwargs) - {"num_views", "seed", "mixup_alpha", "cutmix_alpha", "num_classes"})
     if unknown:

@@ -1,5 +1,6 @@
 """The anytime ensemble: students s1..sN as one classifier that has an answer after every student."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
 from timm_mamba_pkd.models.reuse import Reuse, run_students
 
 __all__ = ["MambaPKDEnsemble"]
+
+_logger = logging.getLogger(__name__)
 
 
 class MambaPKDEnsemble(nn.Module):
@@ -144,7 +147,9 @@ class MambaPKDEnsemble(nn.Module):
         """
         weights = state_dict.get("weights")
         if weights is not None and (self.weights is None or self.weights.ndim != weights.ndim):
+            before = self.combination
             self.set_combination("per_student" if weights.ndim == 2 else "per_class")
+            _logger.info("The weights combine the students %s instead of by %s", self.combination, before)
         for name, tensor in state_dict.items():
             match = re.fullmatch(r"reuse\.(\d+)\.projections\.0\.weight", name)
             if match and tensor.ndim == 4 and int(match[1]) < len(self.students):

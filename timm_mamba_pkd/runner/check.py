@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchdistill.common.module_util import get_module
 
 from timm_mamba_pkd.distillation import StageWrapper
-from timm_mamba_pkd.distillation.stage import STAGE_WRAPPER
+from timm_mamba_pkd.distillation.stage import CACHED_TEACHER, STAGE_WRAPPER
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import Job, stages
@@ -91,9 +92,9 @@ def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tup
         free = shutil.disk_usage(existing).free
         if needed > free:
             cache = f", {size(cached)} of them for cached logits (fewer num_views take less)" if cached else ""
-            raise ConfigError(
-                f"the run needs about {size(needed)}{cache}, but only {size(free)} are free in {existing}"
-            )
+            message = f"the run needs about {size(needed)}{cache}, but only {size(free)} are free in {existing}"
+            with job.source.locating():
+                raise ConfigError(message, at=("train", "views", "num_views") if cached else ("train",))
     return run_bytes(job), cached
 
 
@@ -152,6 +153,7 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
         if seconds < SLOW:
             seconds = _try_step(job, box, batch, device, amp, name)
         _check_last_batch(box, name, device)
+        _check_scheduler(box, stage, name)
         wrapper = getattr(box, "student_model", None)
         yield StageEstimate(
             student=wrapper.ensemble.names[wrapper.position] if isinstance(wrapper, StageWrapper) else None,
@@ -281,6 +283,28 @@ def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
         ) from error
 
 
+def _check_scheduler(box: Any, stage: dict[str, Any], name: str) -> None:
+    """Schedulers use their arguments only as they step: here all steps of the stage, up to a thousand."""
+    scheduler, every = box.lr_scheduler, box.scheduling_step
+    if scheduler is None:
+        return
+    steps = stage["num_epochs"] * (len(box.train_data_loader) // every if every and every > 0 else 1)
+    total = getattr(scheduler, "total_steps", None)
+    at = ("train", name, "scheduler")
+    if total is not None and steps > total:
+        message = f"train.{name}: the scheduler is made for {total} steps, but the stage takes {steps}"
+        raise ConfigError(message, at=at)
+    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer does not step
+            for _ in range(min(steps, 1000)):
+                scheduler.step(*[1.0] * plateau)
+    except Exception as error:
+        message = f"train.{name}: scheduler {type(scheduler).__name__} fails as it steps: {explain(error)}"
+        raise ConfigError(message, at=at) from error
+
+
 def _check_schedule(job: Job) -> None:
     wrappers = [(stage.get("student") or {}).get("auxiliary_model_wrapper") for stage in stages(job.config["train"])]
     count = sum(wrapper is not None and wrapper.get("key") == STAGE_WRAPPER for wrapper in wrappers)
@@ -311,7 +335,7 @@ def _check_module_paths(job: Job, stage: dict[str, Any]) -> None:
         wrapper = settings.get("auxiliary_model_wrapper") or {}
         if wrapper.get("key") == STAGE_WRAPPER:
             model = StageWrapper(job.student, **wrapper["kwargs"])
-        elif wrapper or model is None:
+        elif model is None or wrapper.get("key") not in (None, CACHED_TEACHER):
             continue
         for path in _module_paths(settings):
             if not _has_module(model, path):

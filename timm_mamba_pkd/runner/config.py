@@ -103,6 +103,9 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
             at=("models", student_role, "kwargs", "num_classes"),
         )
     topk = _topk(config, num_classes)
+    if teacher is not None and not _has_weights(config):
+        line = source.line(("models", "teacher_model"))
+        warnings.append(source.say("the teacher has no weights (src_ckpt, pretrained): its logits are random", line))
 
     test_config = config["test"]["test_data_loader"]
     try:
@@ -127,8 +130,22 @@ def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
 def _import_dependencies(config: dict[str, Any]) -> None:
     try:
         import_dependencies(config.get("dependencies"))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(explain(error), at=("dependencies",)) from error
+
+
+def _has_weights(config: dict[str, Any]) -> bool:
+    """Whether the config says where the teacher's weights come from, or trains the teacher."""
+    teacher = config["models"]["teacher_model"]
+    sections = [stage.get("teacher") or {} for stage in stages(config["train"])]
+    kwargs = teacher.get("kwargs") or {}
+    return any(
+        [
+            teacher.get("src_ckpt"),
+            any(kwargs.get(name) for name in ("pretrained", "weights", "checkpoint_path")),
+            any(section.get("src_ckpt") or section.get("requires_grad") for section in sections),
+        ]
+    )
 
 
 def _loaders(config: dict[str, Any]) -> Iterator[tuple[Keys, dict[str, Any]]]:

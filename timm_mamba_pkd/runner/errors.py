@@ -29,7 +29,7 @@ class ConfigError(ValueError):
         self.at, self.line = at, line
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -41,7 +41,7 @@ def unknown_key(key: str, where: str, known: Iterable[str]) -> str:
     return f"unknown key '{key}' in {where}; {hint}"
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """One line on an error that a config brought about somewhere in torchdistill, torch or timm.
 
     A call with wrong arguments and a name that is not registered are said in the config's terms, with the names that

@@ -212,6 +212,7 @@ def check_schema(source: Source) -> list[str]:
             called = child(node, "key") or child(node, "package")
             name = f"{node.tag} {called.value}" if isinstance(called, yaml.ScalarNode) else node.tag
             problems += _keys(node, TAGS[node.tag], name)
+    source.refuse(list(_lost_calls(source.root)))
     problems += _keys(source.root, ROOT, "")
     problems += _train(source.root)
     source.refuse(problems)
@@ -269,6 +270,15 @@ def _schedule() -> Section:
         if parameter.default is parameter.empty:
             required.append(name)
     return Section(keys, tuple(required))
+
+
+def _lost_calls(root: yaml.Node) -> Iterator[Problem]:
+    """Sections that would have been called under a tag, and are none otherwise."""
+    found = [(key, value, "datasets." + key.value) for key, value in pairs(child(root, "datasets"))]
+    found += [(key, value, "train") for key, value in pairs(root) if key.value == "train"]
+    for key, value, where in found:
+        if not value.tag.startswith("!") and child(value, "key") is not None:
+            yield _line(key), f"{where} has a 'key', but is not called: write !import_call before it"
 
 
 def _trained_teacher(key: yaml.Node, where: str, stage: yaml.Node) -> Iterator[Problem]:

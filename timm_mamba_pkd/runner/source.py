@@ -165,7 +165,7 @@ class _LocatingLoader(yaml.FullLoader):
             return super().construct_object(node, deep)  # pyright: ignore[reportArgumentType]
         except (yaml.YAMLError, ConfigError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not node.tag.startswith("!"):
                 raise
             message = explain(error)

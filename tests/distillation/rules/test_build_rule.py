@@ -76,8 +76,14 @@ def test_theirs_by_import_path(install, module):
             "residul",
             "unknown rule 'residul'; known: assistant, bdistil, independent, residual, or the import path of a",
         ),
-        ("their_rules.Msee", "rule their_rules.Msee cannot be imported: module 'their_rules' has no attribute 'Msee'"),
-        ("no_such_package.Mse", "rule no_such_package.Mse cannot be imported: No module named 'no_such_package'"),
+        (
+            "their_rules.Msee",
+            "rule their_rules.Msee cannot be imported: AttributeError: module 'their_rules' has no attribute 'Msee'",
+        ),
+        (
+            "no_such_package.Mse",
+            "rule no_such_package.Mse cannot be imported: ModuleNotFoundError: No module named 'no_such_package'",
+        ),
         ("their_rules.NoRule", "rule their_rules.NoRule is no subclass of timm_mamba_pkd.distillation.Rule"),
         ("their_rules.function", "rule their_rules.function is no subclass of timm_mamba_pkd.distillation.Rule"),
         ("their_rules.F", "rule their_rules.F is no subclass of timm_mamba_pkd.distillation.Rule"),

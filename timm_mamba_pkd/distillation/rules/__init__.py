@@ -43,9 +43,12 @@ def build_rule(config: str | dict[str, Any]) -> Rule:
     name, kwargs = str(config["key"]), config.get("kwargs") or {}
     cls = RULES[name] if name in RULES else _import_rule(name)
     try:
-        return cls(**kwargs)
+        rule = cls(**kwargs)
     except TypeError as error:
         raise ValueError(f"rule {name}: {error}") from error
+    if "_buffers" not in vars(rule):
+        raise ValueError(f"rule {name}: its __init__ must call super().__init__()")
+    return rule
 
 
 def _import_rule(name: str) -> type[Rule]:
@@ -56,8 +59,8 @@ def _import_rule(name: str) -> type[Rule]:
         )
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"rule {name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"rule {name} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Rule)):
         raise ValueError(f"rule {name} is no subclass of timm_mamba_pkd.distillation.Rule")
     return cls

@@ -80,7 +80,7 @@ class Rule(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """The rule's own term of the loss (a scalar, added to the user's criterion)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"rule {type(self).__name__} has adds_loss, but no method loss")
 
     def finish_stage(self, student: Tensor, teacher: Tensor, stage: int) -> Verdict:
         """Called after a stage if the rule ``judges``.
@@ -90,7 +90,7 @@ class Rule(nn.Module):
                 training sample, by index.
             stage: k, from 1.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"rule {type(self).__name__} judges, but has no method finish_stage")
 
     def accept_stage(self, student: Tensor, teacher: Tensor, stage: int) -> None:
         """Called after `finish_stage` when the student is kept, passed or not: update the weights of the samples."""
@@ -119,4 +119,12 @@ class RuleLoss(nn.Module):
             index=seen["index"].to(student.device),
             stage=seen["stage"],
         )
-        return seen["rule"].loss(batch)
+        loss = seen["rule"].loss(batch)
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"rule {type(seen['rule']).__name__}: loss must return a tensor of one number, not {found}"
+            )
+        if student.requires_grad and not loss.requires_grad:
+            raise ValueError(f"rule {type(seen['rule']).__name__}: its loss does not depend on the student")
+        return loss
