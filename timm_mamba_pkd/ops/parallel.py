@@ -36,8 +36,9 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-) -> Tensor:
-    """y (batch, channels, length), in the dtype and layout of u. The arguments are checked and not empty."""
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (batch, channels, length), in the dtype and layout of u; nothing is saved for the backward."""
     dtype = compute_dtype(u, delta, A, B, C)
     y = torch.empty_like(u)
     for rows in _batch_blocks(u, A):
@@ -46,11 +47,12 @@ def forward(
         if z is not None:
             out *= F.silu(_time_first(z, rows, dtype, len(out)))
         _store(out, y, rows)
-    return y
+    return y, y.new_empty(0)
 
 
 def backward(
     dy: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,

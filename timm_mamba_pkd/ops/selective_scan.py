@@ -1,31 +1,44 @@
 """The selective scan as a PyTorch operator: the backend table, the dispatcher registration and the public function."""
 
+import logging
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from timm_mamba_pkd.ops import parallel
-from timm_mamba_pkd.ops.contract import check_arguments
+from timm_mamba_pkd.ops import native, parallel
+from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype
 from timm_mamba_pkd.ops.reference import selective_scan_reference
+
+VARIABLE = "TIMM_MAMBA_PKD_SCAN"
+_logger = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
     """An implementation of the scan. Its arguments are checked, not empty, of any strides and mixed floating dtypes.
 
-    forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) returns y like ``torch.empty_like(u)``.
-    backward(dy, *arguments of forward) returns the gradients of the eight tensors, each like ``torch.empty_like`` of
-    its tensor, None for an absent one.
+    unavailable(device) says why it cannot serve on a device, None if it can.
+    saved_shape(u, A) is the shape of what the forward may save for the backward.
+    forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save) returns y like ``torch.empty_like(u)``
+    and what it saved: a tensor of saved_shape, empty unless ``save``.
+    backward(dy, saved, *arguments of forward but save) returns the gradients of the eight tensors, each like
+    ``torch.empty_like`` of its tensor, None for an absent one; it does without an empty ``saved``.
     """
 
-    forward: Callable[..., Tensor]
+    unavailable: Callable[[torch.device], str | None]
+    saved_shape: Callable[[Tensor, Tensor], list[int]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., list[Tensor | None]]
 
 
+# In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
-    "parallel": Backend(parallel.forward, parallel.backward),
+    "native": Backend(native.unavailable, native.saved_shape, native.forward, native.backward),
+    "parallel": Backend(lambda device: None, lambda u, A: [0], parallel.forward, parallel.backward),
 }
 
 
@@ -60,21 +73,23 @@ def selective_scan(
         delta_bias: Added to delta, (channels,).
         delta_softplus: Pass delta (with its bias) through softplus.
         reverse: Run time backwards, as if all inputs and the output were flipped along the length.
-        backend: "auto", "reference" or a key of ``BACKENDS``. The reference is differentiated by autograd and is
-            neither FX-traceable nor counted by FLOP counters; all others are one operator.
+        backend: "auto", the first of ``BACKENDS`` that can serve, or the one that the environment variable
+            ``TIMM_MAMBA_PKD_SCAN`` names; "reference"; or a key of ``BACKENDS``. The reference is differentiated by
+            autograd and is neither FX-traceable nor counted by FLOP counters; all others are one operator.
 
     Returns:
         y, (batch, channels, length), in the dtype of u. The arithmetic is float32, or float64 if one of
         u, delta, A, B, C is; never less under autocast.
 
     Raises:
-        ValueError: Unknown backend, or an argument of the wrong shape, dtype or device.
+        ValueError: Unknown backend, one that cannot serve here, or an argument of the wrong shape, dtype or device.
     """
     if backend == "reference":
         return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    save = torch.is_grad_enabled()
     return torch.ops.timm_mamba_pkd.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend
-    )
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save, backend
+    )[0]
 
 
 @torch.library.custom_op("timm_mamba_pkd::selective_scan", mutates_args=())
@@ -89,14 +104,15 @@ def _forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    save: bool,
     backend: str,
-) -> Tensor:
-    chosen = _resolve(backend)
+) -> tuple[Tensor, Tensor]:
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
+    chosen = _resolve(backend, u.device)
     if u.numel() == 0:
-        return torch.empty_like(u)
+        return torch.empty_like(u), A.new_empty(0)
     with torch.autocast(u.device.type, enabled=False):
-        return chosen.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+        return chosen.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save)
 
 
 @_forward.register_fake
@@ -111,16 +127,19 @@ def _(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    save: bool,
     backend: str,
-) -> Tensor:
-    _resolve(backend)
+) -> tuple[Tensor, Tensor]:
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    return torch.empty_like(u)
+    chosen = _resolve(backend, u.device)
+    saved = u.new_empty(chosen.saved_shape(u, A) if save else [0], dtype=compute_dtype(u, delta, A, B, C))
+    return torch.empty_like(u), saved
 
 
 @torch.library.custom_op("timm_mamba_pkd::selective_scan_backward", mutates_args=())
 def _backward(
     dy: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -135,14 +154,16 @@ def _backward(
 ) -> list[Tensor]:
     if u.numel() == 0:
         return [torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+    chosen = _resolve(backend, u.device)
     with torch.autocast(u.device.type, enabled=False):
-        grads = _resolve(backend).backward(dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+        grads = chosen.backward(dy, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return [grad for grad in grads if grad is not None]
 
 
 @_backward.register_fake
 def _(
     dy: Tensor,
+    saved: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -158,22 +179,45 @@ def _(
     return [torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
 
 
-def _resolve(backend: str) -> Backend:
-    name = "parallel" if backend == "auto" else backend
+def _resolve(backend: str, device: torch.device) -> Backend:
+    name = os.environ.get(VARIABLE, "auto") if backend == "auto" else backend
+    if name == "auto":
+        return BACKENDS[_automatic(device.type)]
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose one of {['auto', 'reference', *BACKENDS]}")
+        by = f" (by {VARIABLE})" if backend == "auto" else ""
+        raise ValueError(f"unknown backend {name!r}{by}; choose one of {['auto', 'reference', *BACKENDS]}")
+    reason = BACKENDS[name].unavailable(device)
+    if reason is not None:
+        raise ValueError(f"the selective scan's backend {name!r} cannot serve: {reason}")
     return BACKENDS[name]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+@cache
+def _automatic(device: str) -> str:
+    """The first backend that can serve, and a line of log on it."""
+    reasons = {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
+    name = next(name for name, reason in reasons.items() if reason is None)
+    if device == "cpu" and reasons["native"] is not None:
+        _logger.warning("selective scan: backend %s, the slower one on a CPU: %s", name, reasons["native"])
+    else:
+        _logger.info("selective scan on %s: backend %s", device, name)
+    return name
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # activation checkpointing allows one look
-    grads = iter(torch.ops.timm_mamba_pkd.selective_scan_backward(dy, *saved, *ctx.options))
-    return (*(None if t is None else next(grads) for t in saved), *(None for _ in ctx.options))
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *inputs, _save, backend = inputs
+    ctx.save_for_backward(output[1], *inputs[:8])
+    ctx.options = (*inputs[8:], backend)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # it would fill one for what was saved, too
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved, *tensors = ctx.saved_tensors  # activation checkpointing allows one look
+    if dy is None:
+        return (None,) * (len(tensors) + 4)
+    grads = iter(torch.ops.timm_mamba_pkd.selective_scan_backward(dy, saved, *tensors, *ctx.options))
+    return (*(None if t is None else next(grads) for t in tensors), *(None for _ in range(4)))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -187,6 +231,8 @@ def _forward_flops(u: list[int], delta: list[int], A: list[int], *args: Any, **k
 
 
 @register_flop_formula([torch.ops.timm_mamba_pkd.selective_scan_backward])
-def _backward_flops(dy: list[int], u: list[int], delta: list[int], A: list[int], *args: Any, **kwargs: Any) -> int:
+def _backward_flops(
+    dy: list[int], saved: list[int], u: list[int], delta: list[int], A: list[int], *args: Any, **kwargs: Any
+) -> int:
     """Twice the forward, the usual convention: one more product for each of the two factors of a product."""
     return 2 * _forward_flops(u, delta, A)
