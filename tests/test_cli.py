@@ -59,6 +59,7 @@ def test_bad_command_lines(words, capsys):
     [
         (["check", "--config", "a"], "run_check"),
         (["expand", "--config", "a"], "run_expand"),
+        (["doctor"], "run_doctor"),
         (["train", "--config", "a"], "run_train"),
         (["train", "--config", "a", "-test_only"], "run_evaluate"),
         (["evaluate", "--config", "a"], "run_evaluate"),

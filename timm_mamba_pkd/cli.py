@@ -1,4 +1,4 @@
-"""The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``."""
+"""The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``, ``doctor``."""
 
 import argparse
 import sys
@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print a run's table and draw its plots again")
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
+    doctor = commands.add_parser("doctor", help="say which versions and scan backends are at hand, and why others not")
+    doctor.set_defaults(action=runner.run_doctor)
     return parser
 
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_mamba_pkd.ops import BACKENDS, selective_scan
+from timm_mamba_pkd.ops import BACKENDS, native, selective_scan
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 OPTIONAL = ("D", "z", "delta_bias")
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+INSTRUCTION_SETS = [f"native: {name}" for name in native.INSTRUCTION_SETS]
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS, *INSTRUCTION_SETS], indirect=True)
 Inputs = dict[str, Any]
 
 
@@ -82,6 +83,19 @@ def check(inputs: Inputs, backend: str, y_tolerance=2e-6, grad_tolerance=5e-6, *
 
 
 @pytest.fixture
+def backend(request, monkeypatch) -> str:
+    name, _, instruction_set = request.param.partition(": ")
+    if name == "native" and (reason := native.unavailable(torch.device("cpu"))):
+        pytest.skip(reason)
+    if instruction_set:
+        index = native.INSTRUCTION_SETS.index(instruction_set)
+        if index > native.instruction_set():
+            pytest.skip(f"this processor has no {instruction_set}")
+        monkeypatch.setattr(native, "instruction_set", lambda: index)
+    return name
+
+
+@pytest.fixture
 def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
@@ -90,8 +104,8 @@ def uninitialised_memory_is_nan():
 
 @EVERY_BACKEND
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 63])
-@pytest.mark.parametrize(("channels", "states"), list(itertools.product([1, 3, 17], [1, 5, 16])))
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 63, 197])
+@pytest.mark.parametrize(("channels", "states"), list(itertools.product([1, 3, 17, 40], [1, 5, 16])))
 def test_sizes(backend, channels, states, length):
     inputs = make_inputs(channels=channels, length=length, states=states)
     check(inputs, backend, delta_softplus=True, reverse=length % 2 == 0)
@@ -232,7 +246,9 @@ def test_mixed_devices(backend):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_unknown_backend(device):
     inputs = {name: tensor.to(device) for name, tensor in make_inputs().items()}
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; choose one of \['auto', 'reference', 'native', 'parallel'"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'cuda'; choose one of \['auto', 'reference', 'native', 'parallel'"
+    ):
         selective_scan(**inputs, backend="cuda")
 
 
@@ -308,7 +324,7 @@ def test_meta_device():
     assert [grad.shape for grad in torch.autograd.grad(y.sum(), inputs)] == [tensor.shape for tensor in inputs]
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS], indirect=True)
 @pytest.mark.parametrize("without", [(), OPTIONAL])
 @pytest.mark.parametrize("save", [True, False])
 def test_opcheck(backend, without, save):
@@ -322,7 +338,7 @@ def test_opcheck(backend, without, save):
     torch.library.opcheck(torch.ops.timm_mamba_pkd.selective_scan_backward.default, (dy, saved, *detached))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS], indirect=True)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_flops(backend, device):
     batch, channels, length, states = 2, 3, 9, 5

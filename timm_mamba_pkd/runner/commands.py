@@ -1,11 +1,13 @@
 """What the subcommands of ``mamba-pkd`` do."""
 
 import argparse
+import ctypes
 import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.ops import BACKENDS, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
@@ -112,6 +115,29 @@ def run_report(args: argparse.Namespace) -> None:
         plot_curves(metrics, run.path / "curves.png")
 
 
+def run_doctor(args: argparse.Namespace) -> None:
+    """``mamba-pkd doctor``: versions, hardware, and for every backend of the scan whether it can serve, or why not."""
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("timm_mamba_pkd", "torch", "timm", "torchdistill", "mamba-ssm", "triton"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+    devices = [torch.device("cpu")]
+    kernels = None if native.unavailable(devices[0]) else native.INSTRUCTION_SETS[native.instruction_set()]
+    print(f"cpu: {torch.get_num_threads()} threads" + (f", native kernels for {kernels}" if kernels else ""))
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+        print(f"cuda: {torch.cuda.get_device_name()}")
+    else:
+        print("cuda: not available")
+    for device in devices:
+        print(f"selective scan on {device}, the first that can is taken:")
+        for name, backend in BACKENDS.items():
+            reason = backend.unavailable(device)
+            print(f"  {name}: {reason or 'can serve'}")
+
+
 def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
@@ -130,6 +156,7 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {args.device} cannot be used: {first_line(error)}") from error
+    _keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
     job = prepare(args.config, device)
@@ -140,6 +167,15 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return device, job, args.amp or bool(job.config["train"].get("amp"))
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what PyTorch frees on the CPU, which every step needs again: new pages cost several percent."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 @contextmanager
