@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_mamba_pkd.ops import BACKENDS, native, selective_scan
-from timm_mamba_pkd.ops.selective_scan import VARIABLE, _automatic
+from timm_mamba_pkd.ops.backends import VARIABLE, _automatic
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "timm_mamba_pkd" / "ops" / "csrc"
@@ -228,12 +228,18 @@ for round in range(rounds):
     A, D, bias = -torch.rand(channels, states), torch.randn(channels), torch.randn(channels)
     optional = [x if random.random() < 0.7 else None for x in (D, z, bias)]
     arguments = (u, delta, A, B, C, *optional, True, random.random() < 0.5)
-    native.instruction_set = lambda: random.randint(0, best)
+    chosen = random.randint(0, best)
+    native.instruction_set = lambda: chosen
     y, saved = native.forward(*arguments, True)
     grads = native.backward(dy.to(y.dtype), saved if random.random() < 0.5 else saved[:0], *arguments)
     parallel = BACKENDS["parallel"]
     true, nothing = parallel.forward(*arguments, True)
-    for one, other in zip([y, *grads], [true, *parallel.backward(dy.to(y.dtype), nothing, *arguments)]):
+    pairs = list(zip([y, *grads], [true, *parallel.backward(dy.to(y.dtype), nothing, *arguments)]))
+    arguments = (u, torch.randn(channels, random.choice([1, 2, 4, 5])), optional[2], random.random() < 0.5)
+    pairs.append((native.convolve(*arguments), parallel.convolve(*arguments)))
+    dy = dy.to(u.dtype)
+    pairs += zip(native.convolve_backward(dy, *arguments), parallel.convolve_backward(dy, *arguments))
+    for one, other in pairs:
         if one is not None:
             rounding = 1e-4 if one.dtype in (torch.float32, torch.float64) else 1e-2
             torch.testing.assert_close(one, other, rtol=0, atol=rounding * other.abs().max().item())

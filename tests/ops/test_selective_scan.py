@@ -83,19 +83,6 @@ def check(inputs: Inputs, backend: str, y_tolerance=2e-6, grad_tolerance=5e-6, *
 
 
 @pytest.fixture
-def backend(request, monkeypatch) -> str:
-    name, _, instruction_set = request.param.partition(": ")
-    if name == "native" and (reason := native.unavailable(torch.device("cpu"))):
-        pytest.skip(reason)
-    if instruction_set:
-        index = native.INSTRUCTION_SETS.index(instruction_set)
-        if index > native.instruction_set():
-            pytest.skip(f"this processor has no {instruction_set}")
-        monkeypatch.setattr(native, "instruction_set", lambda: index)
-    return name
-
-
-@pytest.fixture
 def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield

@@ -1,4 +1,4 @@
-"""The selective scan in native code, on CPUs: one SIMD lane per channel, time in sequence, fused from end to end.
+"""The selective scan and its convolution in native code, on CPUs: a SIMD lane per channel, time in sequence, all fused.
 
 The library of ``csrc/`` is built with the package where there is a compiler. Its interface is plain C, so that one
 binary serves every version of torch; this file keeps its promises: every pointer passed has the type, size and strides
@@ -42,6 +42,25 @@ class _Scan(ctypes.Structure):
     ]
 
 
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("is_double", "reverse", "threads")),
+        ("x", _Tensor),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, _Tensor) for name in ("y", "dy", "dx")),
+        *((name, ctypes.c_void_p) for name in ("dweight", "dbias")),
+    ]
+
+
+_FUNCTIONS = {
+    "timm_mamba_pkd_scan_forward": _Scan,
+    "timm_mamba_pkd_scan_backward": _Scan,
+    "timm_mamba_pkd_convolve": _Convolution,
+    "timm_mamba_pkd_convolve_backward": _Convolution,
+}
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -50,13 +69,14 @@ def _load() -> ctypes.CDLL | str:
         return "the native library was not built; install the package again with a C++ compiler (g++ or clang++)"
     try:
         library = ctypes.CDLL(str(files[0]))
-        size = library.timm_mamba_pkd_scan_size()
+        sizes = library.timm_mamba_pkd_sizes()
     except (OSError, AttributeError) as error:
         return f"the native library {files[0]} cannot be used: {error}"
-    if size != ctypes.sizeof(_Scan):
+    if sizes != ctypes.sizeof(_Scan) << 16 | ctypes.sizeof(_Convolution):
         return f"the native library {files[0]} is of another version; install the package again"
-    for function in (library.timm_mamba_pkd_scan_forward, library.timm_mamba_pkd_scan_backward):
-        function.argtypes = [ctypes.POINTER(_Scan), ctypes.c_int64]
+    for name, structure in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.POINTER(structure), ctypes.c_int64]
         function.restype = ctypes.c_int64
     library.timm_mamba_pkd_instruction_set.restype = ctypes.c_int64
     return library
@@ -103,12 +123,12 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, channels, length), in the dtype and layout of u, and the checkpoints, empty unless ``save``."""
-    call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    call = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     y = call.output("y", u)
     checkpoints = torch.empty(saved_shape(u, A) if save else 0, dtype=call.dtype)
     if save:
-        call.scan.checkpoints = checkpoints.data_ptr()
-    call.run(_library().timm_mamba_pkd_scan_forward)
+        call.point("checkpoints", checkpoints)
+    call.run("timm_mamba_pkd_scan_forward")
     return _like(y, u), checkpoints
 
 
@@ -129,17 +149,17 @@ def backward(
     """The gradients of u, delta, A, B, C, D, z and delta_bias, each in the dtype and layout of its input."""
     if checkpoints.numel() == 0:
         checkpoints = forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save=True)[1]
-    call = _Call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    call.scan.checkpoints = checkpoints.data_ptr()
+    call = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    call.point("checkpoints", checkpoints)
     call.input("dy", dy)
     du, ddelta = call.output("du", u), call.output("ddelta", delta)
     dz = None if z is None else call.output("dz", z)
     batch, _, length = u.shape
-    dB, dC = (call.zeros(name, (batch, call.scan.groups, length, A.shape[1])) for name in ("dB", "dC"))
+    dB, dC = (call.zeros(name, (batch, call.structure.groups, length, A.shape[1])) for name in ("dB", "dC"))
     dA = call.zeros("dA", A.shape)
     dD = None if D is None else call.zeros("dD", D.shape)
     dbias = None if delta_bias is None else call.zeros("ddelta_bias", delta_bias.shape)
-    call.run(_library().timm_mamba_pkd_scan_backward)
+    call.run("timm_mamba_pkd_scan_backward")
     return [
         _like(du, u),
         _like(ddelta, delta),
@@ -152,44 +172,34 @@ def backward(
     ]
 
 
-class _Call:
-    """The arguments of one native call, and every tensor that they point to."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """silu of the causal depthwise convolution of x (batch, channels, length), in the dtype and layout of x."""
+    call = _convolution(x, weight, bias, reverse)
+    y = call.output("y", x)
+    call.run("timm_mamba_pkd_convolve")
+    return _like(y, x)
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> None:
-        self.dtype = compute_dtype(u, delta, A, B, C)
+
+def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, each in the dtype and layout of its input."""
+    call = _convolution(x, weight, bias, reverse)
+    call.input("dy", dy)
+    dx = call.output("dx", x)
+    dweight = call.zeros("dweight", weight.shape)
+    dbias = None if bias is None else call.zeros("dbias", bias.shape)
+    call.run("timm_mamba_pkd_convolve_backward")
+    return [_like(dx, x), _like(dweight, weight), None if dbias is None or bias is None else _like(dbias, bias)]
+
+
+class _Call:
+    """A structure for a native function, and every tensor that it points to."""
+
+    def __init__(self, structure: _Scan | _Convolution, dtype: torch.dtype) -> None:
+        self.structure = structure
+        self.dtype = dtype
         self._alive: list[Tensor] = []
-        batch, channels, length = u.shape
-        threads = torch.get_num_threads()
-        uneven = batch % threads != 0 and batch < 4 * threads
-        self.scan = _Scan(
-            batch=batch,
-            channels=channels,
-            length=length,
-            states=A.shape[1],
-            is_double=self.dtype == torch.float64,
-            softplus=delta_softplus,
-            reverse=reverse,
-            threads=threads,
-            groups=min(threads, -(-channels // _PADDING)) if uneven else 1,
-        )
-        for name, tensor in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z)):
-            if tensor is not None:
-                self.input(name, tensor)
-        for name, tensor in (("A", A), ("D", D), ("delta_bias", delta_bias)):
-            if tensor is not None:
-                setattr(self.scan, name, self._pointer(tensor.to(self.dtype).resolve_neg().contiguous()))
+        structure.is_double = dtype == torch.float64
+        structure.threads = torch.get_num_threads()
 
     def input(self, name: str, tensor: Tensor) -> None:
         """Pass (batch, features, length), copied unless its features are contiguous and its dtype is known."""
@@ -199,6 +209,10 @@ class _Call:
         if not _contiguous_features(tensor):
             tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
         self._pass(name, tensor)
+
+    def matrix(self, name: str, tensor: Tensor) -> None:
+        """Pass a parameter, contiguous and in the dtype of the arithmetic."""
+        self.point(name, tensor.to(self.dtype).resolve_neg().contiguous())
 
     def output(self, name: str, like: Tensor) -> Tensor:
         """Pass memory for (batch, features, length): empty_like(like), if its features are contiguous."""
@@ -212,20 +226,69 @@ class _Call:
 
     def zeros(self, name: str, shape: tuple[int, ...]) -> Tensor:
         out = torch.zeros(shape, dtype=self.dtype)
-        setattr(self.scan, name, self._pointer(out))
+        self.point(name, out)
         return out
 
-    def run(self, function: "ctypes._NamedFuncPointer") -> None:
-        if function(ctypes.byref(self.scan), instruction_set()):
-            raise MemoryError("the selective scan found no memory for its threads")
+    def point(self, name: str, tensor: Tensor) -> None:
+        setattr(self.structure, name, self._pointer(tensor))
+
+    def run(self, function: str) -> None:
+        if getattr(_library(), function)(ctypes.byref(self.structure), instruction_set()):
+            raise MemoryError(f"{function} found no memory for its threads")
 
     def _pass(self, name: str, tensor: Tensor) -> None:
         data = _Tensor(self._pointer(tensor), tensor.stride(0), tensor.stride(2), _TYPES[tensor.dtype])
-        setattr(self.scan, name, data)
+        setattr(self.structure, name, data)
 
     def _pointer(self, tensor: Tensor) -> int:
         self._alive.append(tensor)
         return tensor.data_ptr()
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> _Call:
+    batch, channels, length = u.shape
+    threads = torch.get_num_threads()
+    uneven = batch % threads != 0 and batch < 4 * threads
+    structure = _Scan(
+        batch=batch,
+        channels=channels,
+        length=length,
+        states=A.shape[1],
+        softplus=delta_softplus,
+        reverse=reverse,
+        groups=min(threads, -(-channels // _PADDING)) if uneven else 1,
+    )
+    call = _Call(structure, compute_dtype(u, delta, A, B, C))
+    for name, tensor in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z)):
+        if tensor is not None:
+            call.input(name, tensor)
+    for name, tensor in (("A", A), ("D", D), ("delta_bias", delta_bias)):
+        if tensor is not None:
+            call.matrix(name, tensor)
+    return call
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> _Call:
+    batch, channels, length = x.shape
+    structure = _Convolution(batch=batch, channels=channels, length=length, width=weight.shape[1], reverse=reverse)
+    double = torch.float64 in (x.dtype, weight.dtype)
+    call = _Call(structure, torch.float64 if double else torch.float32)
+    call.input("x", x)
+    call.matrix("weight", weight)
+    if bias is not None:
+        call.matrix("bias", bias)
+    return call
 
 
 def _contiguous_features(tensor: Tensor) -> bool:

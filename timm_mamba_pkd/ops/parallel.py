@@ -25,6 +25,15 @@ BLOCK_PER_CPU_THREAD = 2**19  # elements of (time, batch, states, channels) at a
 BLOCK_ON_DEVICE = 2**27
 
 
+def unavailable(device: torch.device) -> None:
+    """Nothing: it runs wherever PyTorch does."""
+
+
+def saved_shape(u: Tensor, A: Tensor) -> list[int]:
+    """Nothing is saved for the backward."""
+    return [0]
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -109,6 +118,44 @@ def backward(
         dz,
         None if delta_bias is None else dbias.to(delta_bias.dtype),
     ]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """silu of the causal depthwise convolution of x (batch, channels, length), in the dtype and layout of x."""
+    rows, kernel, offset = _convolution(x, weight, bias, reverse)
+    return torch.empty_like(x).copy_(F.silu(_convolve(rows, kernel, offset, reverse)))
+
+
+def convolve_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, each in the dtype and layout of its input."""
+    rows, kernel, offset = _convolution(x, weight, bias, reverse)
+    dpre = torch.ops.aten.silu_backward(dy.to(rows.dtype), _convolve(rows, kernel, offset, reverse))
+    margin = weight.shape[1] - 1
+    dpre = F.pad(dpre, (margin, 0) if reverse else (0, margin)).unsqueeze(2)
+    drows, dkernel, doffset = torch.ops.aten.convolution_backward(
+        dpre.contiguous(memory_format=torch.channels_last), rows, kernel, [x.shape[1]],
+        [1, 1], [0, margin], [1, 1], False, [0, 0], x.shape[1], [True, True, bias is not None],
+    )  # fmt: skip
+    dweight = dkernel[:, 0, 0]
+    return [
+        torch.empty_like(x).copy_(drows.squeeze(2)),
+        torch.empty_like(weight).copy_(dweight.flip(-1) if reverse else dweight),
+        None if bias is None else torch.empty_like(bias).copy_(doffset),
+    ]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments of a 2D convolution in channels-last layout: 1.5 times faster on a CPU than the 1D one."""
+    dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+    kernel = (weight.flip(-1) if reverse else weight).to(dtype)[:, None, None]
+    rows = x.to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    return rows, kernel, None if bias is None else bias.to(dtype)
+
+
+def _convolve(rows: Tensor, kernel: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    length, margin = rows.shape[3], kernel.shape[3] - 1
+    y = F.conv2d(rows, kernel, bias, padding=(0, margin), groups=rows.shape[1]).squeeze(2)
+    return y[:, :, margin:] if reverse else y[:, :, :length]
 
 
 class _Scan(NamedTuple):

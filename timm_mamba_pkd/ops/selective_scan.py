@@ -1,45 +1,14 @@
-"""The selective scan as a PyTorch operator: the backend table, the dispatcher registration and the public function."""
+"""The selective scan as a PyTorch operator: its registration and the public function."""
 
-import logging
-import os
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from timm_mamba_pkd.ops import native, parallel
+from timm_mamba_pkd.ops.backends import resolve
 from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype
 from timm_mamba_pkd.ops.reference import selective_scan_reference
-
-VARIABLE = "TIMM_MAMBA_PKD_SCAN"
-_logger = logging.getLogger(__name__)
-
-
-class Backend(NamedTuple):
-    """An implementation of the scan. Its arguments are checked, not empty, of any strides and mixed floating dtypes.
-
-    unavailable(device) says why it cannot serve on a device, None if it can.
-    saved_shape(u, A) is the shape of what the forward may save for the backward.
-    forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save) returns y like ``torch.empty_like(u)``
-    and what it saved: a tensor of saved_shape, empty unless ``save``.
-    backward(dy, saved, *arguments of forward but save) returns the gradients of the eight tensors, each like
-    ``torch.empty_like`` of its tensor, None for an absent one; it does without an empty ``saved``.
-    """
-
-    unavailable: Callable[[torch.device], str | None]
-    saved_shape: Callable[[Tensor, Tensor], list[int]]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., list[Tensor | None]]
-
-
-# In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {
-    "native": Backend(native.unavailable, native.saved_shape, native.forward, native.backward),
-    "parallel": Backend(lambda device: None, lambda u, A: [0], parallel.forward, parallel.backward),
-}
 
 
 def selective_scan(
@@ -108,7 +77,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    chosen = _resolve(backend, u.device)
+    chosen = resolve(backend, u.device)
     if u.numel() == 0:
         return torch.empty_like(u), A.new_empty(0)
     with torch.autocast(u.device.type, enabled=False):
@@ -131,7 +100,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
-    chosen = _resolve(backend, u.device)
+    chosen = resolve(backend, u.device)
     saved = u.new_empty(chosen.saved_shape(u, A) if save else [0], dtype=compute_dtype(u, delta, A, B, C))
     return torch.empty_like(u), saved
 
@@ -154,7 +123,7 @@ def _backward(
 ) -> list[Tensor]:
     if u.numel() == 0:
         return [torch.zeros_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
-    chosen = _resolve(backend, u.device)
+    chosen = resolve(backend, u.device)
     with torch.autocast(u.device.type, enabled=False):
         grads = chosen.backward(dy, saved, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return [grad for grad in grads if grad is not None]
@@ -177,31 +146,6 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     return [torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
-
-
-def _resolve(backend: str, device: torch.device) -> Backend:
-    name = os.environ.get(VARIABLE, "auto") if backend == "auto" else backend
-    if name == "auto":
-        return BACKENDS[_automatic(device.type)]
-    if name not in BACKENDS:
-        by = f" (by {VARIABLE})" if backend == "auto" else ""
-        raise ValueError(f"unknown backend {name!r}{by}; choose one of {['auto', 'reference', *BACKENDS]}")
-    reason = BACKENDS[name].unavailable(device)
-    if reason is not None:
-        raise ValueError(f"the selective scan's backend {name!r} cannot serve: {reason}")
-    return BACKENDS[name]
-
-
-@cache
-def _automatic(device: str) -> str:
-    """The first backend that can serve, and a line of log on it."""
-    reasons = {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
-    name = next(name for name, reason in reasons.items() if reason is None)
-    if device == "cpu" and reasons["native"] is not None:
-        _logger.warning("selective scan: backend %s, the slower one on a CPU: %s", name, reasons["native"])
-    else:
-        _logger.info("selective scan on %s: backend %s", device, name)
-    return name
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -169,7 +169,8 @@ inline void write(const Tensor& tensor, int64_t offset, int64_t count, V v) {
 }
 
 // Where step t (in the order of the scan) of an element of the batch lies.
-inline int64_t row(const Scan& s, const Tensor& tensor, int64_t batch, int64_t t) {
+template <class Call>
+inline int64_t row(const Call& s, const Tensor& tensor, int64_t batch, int64_t t) {
     return batch * tensor.batch_stride + (s.reverse ? s.length - 1 - t : t) * tensor.time_stride;
 }
 
@@ -437,8 +438,107 @@ void finish(const Scan& s, void* memory) {
     }
 }
 
+// ---- the convolution ----
+
+struct ConvolutionScratch {
+    REAL *weight, *dweight;  // (width, padded channels)
+    REAL *bias, *dbias;      // (padded channels)
+    REAL* dpre;              // (width, padded channels): of the last `width` steps, step t in row t % width
+    int64_t channels;
+    bool* ready;
+
+    ConvolutionScratch(const Convolution& s, void* memory) : channels(padded(s.channels)) {
+        REAL* p = static_cast<REAL*>(memory);
+        auto take = [&](int64_t rows) { REAL* q = p; p += rows * channels; return q; };
+        weight = take(s.width);
+        dweight = take(s.width);
+        bias = take(1);
+        dbias = take(1);
+        dpre = take(s.width);
+        ready = reinterpret_cast<bool*>(p);
+        if (!*ready) {
+            for (int64_t d = 0; d < s.channels; ++d) {
+                for (int64_t k = 0; k < s.width; ++k)
+                    weight[k * channels + d] = static_cast<const REAL*>(s.weight)[d * s.width + k];
+                if (s.bias) bias[d] = static_cast<const REAL*>(s.bias)[d];
+            }
+            *ready = true;
+        }
+    }
+
+    static int64_t size(const Convolution& s) {
+        return sizeof(REAL) * ((3 * s.width + 2) * padded(s.channels) + PADDING);
+    }
+};
+
+// What SiLU sees of step t: bias and the products of the last `width` steps.
+__attribute__((always_inline)) inline V convolved(const Convolution& s, const ConvolutionScratch& k, int64_t width, int64_t batch, int64_t t, int64_t d,
+                   int64_t count) {
+    V pre = load(k.bias + d);
+    UNROLL
+    for (int64_t i = 0; i < width; ++i)
+        if (t >= width - 1 - i)
+            pre += load(k.weight + i * k.channels + d) * read(s.x, row(s, s.x, batch, t - width + 1 + i) + d, count);
+    return pre;
+}
+
+// WIDTH: that of the convolution where the compiler should know it, 0 for any.
+template <int WIDTH>
+void convolve_width(const Convolution& s, const ConvolutionScratch& k, int64_t batch) {
+    const int64_t width = WIDTH ? WIDTH : s.width;
+    for (int64_t t = 0; t < s.length; ++t)
+        for (int64_t d = 0; d < s.channels; d += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, s.channels - d);
+            const V pre = convolved(s, k, width, batch, t, d, count);
+            write(s.y, row(s, s.y, batch, t) + d, count, pre * sigmoid(pre));
+        }
+}
+
+template <int WIDTH>
+void convolve_width_backward(const Convolution& s, const ConvolutionScratch& k, int64_t batch) {
+    const int64_t width = WIDTH ? WIDTH : s.width;
+    for (int64_t t = s.length - 1; t >= 0; --t)
+        for (int64_t d = 0; d < s.channels; d += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, s.channels - d);
+            const V pre = convolved(s, k, width, batch, t, d, count), gate = sigmoid(pre);
+            const V dy = read(s.dy, row(s, s.dy, batch, t) + d, count);
+            const V dpre = dy * gate * (REAL(1) + pre * (REAL(1) - gate));
+            store(k.dpre + t % width * k.channels + d, dpre);
+            store(k.dbias + d, load(k.dbias + d) + dpre);
+            UNROLL
+            for (int64_t i = 0; i < width; ++i) {
+                if (t < width - 1 - i) continue;
+                REAL* sum = k.dweight + i * k.channels + d;
+                store(sum, load(sum) + dpre * read(s.x, row(s, s.x, batch, t - width + 1 + i) + d, count));
+            }
+            V dx{};
+            UNROLL
+            for (int64_t i = 0; i < width; ++i)
+                if (t + i < s.length) dx += load(k.weight + (width - 1 - i) * k.channels + d) * load(k.dpre + (t + i) % width * k.channels + d);
+            write(s.dx, row(s, s.dx, batch, t) + d, count, dx);
+        }
+}
+
+void convolve(const Convolution& s, int64_t batch, void* memory) {
+    (s.width == 4 ? convolve_width<4> : convolve_width<0>)(s, ConvolutionScratch(s, memory), batch);
+}
+
+void convolve_backward(const Convolution& s, int64_t batch, void* memory) {
+    (s.width == 4 ? convolve_width_backward<4> : convolve_width_backward<0>)(s, ConvolutionScratch(s, memory), batch);
+}
+
+void finish_convolution(const Convolution& s, void* memory) {
+    const ConvolutionScratch k(s, memory);
+    REAL *dweight = static_cast<REAL*>(s.dweight), *dbias = static_cast<REAL*>(s.dbias);
+    for (int64_t d = 0; d < s.channels; ++d) {
+        for (int64_t i = 0; i < s.width; ++i) dweight[d * s.width + i] += k.dweight[i * k.channels + d];
+        if (dbias) dbias[d] += k.dbias[d];
+    }
+}
+
 }  // namespace
 
-extern const Kernel KERNEL = {Scratch::size, forward, backward, finish};
+extern const Kernel KERNEL = {Scratch::size, forward, backward, finish,
+                              ConvolutionScratch::size, convolve, convolve_backward, finish_convolution};
 
 }  // namespace scan

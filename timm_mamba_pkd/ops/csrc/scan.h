@@ -1,4 +1,4 @@
-// The plain C interface of the selective scan on CPUs. No torch headers: one binary serves every version of torch.
+// The plain C interface of the selective scan on CPUs, and of the convolution before it. No torch headers: one binary serves every version of torch.
 #pragma once
 #include <cstdint>
 
@@ -29,6 +29,17 @@ struct Scan {
     void *dA, *dD, *ddelta_bias;  // like A, D and delta_bias, zero at first
 };
 
+// The causal depthwise convolution with SiLU; native.py mirrors it. The matrices are contiguous, in the arithmetic's type.
+struct Convolution {
+    int64_t batch, channels, length, width;
+    int64_t is_double, reverse, threads;
+    Tensor x;
+    const void *weight, *bias;  // (channels, width), (channels)
+    Tensor y;                   // written by the forward
+    Tensor dy, dx;
+    void *dweight, *dbias;  // like weight and bias, zero at first
+};
+
 // Time is cut into chunks of at most this many steps, as even as possible; the states before each are checkpointed.
 constexpr int64_t CHUNK = 8;
 // The channels are padded to a multiple of this in the checkpoints.
@@ -43,6 +54,11 @@ struct Kernel {
     void (*forward)(const Scan&, int64_t batch, int64_t group, void* scratch);
     void (*backward)(const Scan&, int64_t batch, int64_t group, void* scratch);
     void (*finish)(const Scan&, void* scratch);  // adds a thread's sums to dA, dD and ddelta_bias
+
+    int64_t (*convolution_scratch_size)(const Convolution&);
+    void (*convolve)(const Convolution&, int64_t batch, void* scratch);
+    void (*convolve_backward)(const Convolution&, int64_t batch, void* scratch);
+    void (*finish_convolution)(const Convolution&, void* scratch);  // adds a thread's sums to dweight and dbias
 };
 
 extern const Kernel portable, portable_double;
