@@ -1,6 +1,7 @@
 """The convolution in front of the scan, for every backend, against its formula in float64."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ INSTRUCTION_SETS = [f"native: {name}" for name in native.INSTRUCTION_SETS]
 EVERY_BACKEND = pytest.mark.parametrize("backend", [*BACKENDS, *INSTRUCTION_SETS], indirect=True)
 
 
-def make_inputs(batch=2, channels=3, length=9, width=4, dtype=torch.float32, bias=True) -> list[Tensor]:
+def make_inputs(batch=2, channels=3, length=9, width=4, dtype=torch.float32, bias=True) -> list[Any]:
     generator = torch.Generator().manual_seed(length)
     shapes = [(batch, channels, length), (channels, width), (channels,)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes[: 2 + bias]]
@@ -32,7 +33,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None = None, reverse: boo
     return F.silu(y if bias is None else y + bias[:, None])
 
 
-def check(inputs: list[Tensor], backend: str, reverse: bool, tolerance: float = 2e-6) -> None:
+def check(inputs: list[Any], backend: str, reverse: bool, tolerance: float = 2e-6) -> None:
     true_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     true_y = expected(*true_inputs, reverse=reverse)
     inputs = [tensor.requires_grad_() for tensor in inputs]
@@ -95,12 +96,12 @@ def test_bad_tensors(backend, device, position, bad, message):
 
 @EVERY_BACKEND
 def test_opcheck_and_gradcheck(backend):
-    x, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(dtype=torch.float64))
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(dtype=torch.float64)]
     op = torch.ops.timm_mamba_pkd
-    torch.library.opcheck(op.causal_conv1d_silu.default, (x, weight, bias, True, backend))
-    detached = [tensor.detach() for tensor in (x, x, weight, bias)]
+    torch.library.opcheck(op.causal_conv1d_silu.default, (*inputs, True, backend))
+    detached = [tensor.detach() for tensor in (inputs[0], *inputs)]
     torch.library.opcheck(op.causal_conv1d_silu_backward.default, (*detached, False, backend))
-    assert torch.autograd.gradcheck(lambda *tensors: causal_conv1d_silu(*tensors, False, backend), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda x, weight, bias: causal_conv1d_silu(x, weight, bias, False, backend), inputs)
 
 
 @EVERY_BACKEND

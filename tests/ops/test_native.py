@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native.unavailable(CPU) is not None, reason=str(native.unavailable(CPU)))
 
 
-def make_inputs(batch: int, channels: int, length: int, states: int) -> list[Tensor]:
+def make_inputs(batch: int, channels: int, length: int, states: int) -> list[Any]:
     """u, delta, A, B, C, D, z, delta_bias; channels-last as the mixer's."""
     torch.manual_seed(length)
     rows = [torch.randn(batch, length, n).transpose(1, 2) for n in (channels, channels, states, states, channels)]
@@ -251,11 +252,11 @@ print("survived", rounds)
 def test_fuzz_under_address_sanitizer(tmp_path):
     """Random shapes, strides and dtypes: no access outside the tensors, and the numbers of the parallel backend."""
     compiler = shutil.which("g++")
-    runtime = (
-        compiler and subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
-    )
-    if not runtime or not os.path.isabs(runtime.strip()):
-        pytest.skip("no g++ with AddressSanitizer")
+    if compiler is None:
+        pytest.skip("no g++")
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("this g++ has no AddressSanitizer")
     flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]}
     objects = []
     for source in sorted(CSRC.glob("*.cpp")):
@@ -266,7 +267,7 @@ def test_fuzz_under_address_sanitizer(tmp_path):
     subprocess.run([compiler, "-shared", "-fopenmp", "-fsanitize=address", *objects, "-o", str(library)], check=True)
     fuzz = subprocess.run(
         [sys.executable, "-c", FUZZ, str(library), str(random.randrange(2**31)), "150", str(native.instruction_set())],
-        env={**os.environ, "LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -149,9 +149,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *inputs, _save, backend = inputs
-    ctx.save_for_backward(output[1], *inputs[:8])
-    ctx.options = (*inputs[8:], backend)
+    *tensors, delta_softplus, reverse, _, backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.options = (delta_softplus, reverse, backend)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # it would fill one for what was saved, too
 
