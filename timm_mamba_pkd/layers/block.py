@@ -1,11 +1,13 @@
 """The Mamba block of the students."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from timm_mamba_pkd.layers.linear import Linear
 from timm_mamba_pkd.layers.mamba import Mamba
 
 
@@ -38,7 +40,9 @@ class MambaBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.mixer = Mamba(dim, d_state=d_state, expand=expand, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.SiLU, **dd)
+        hidden = int(dim * mlp_ratio)
+        layers = {"fc1": Linear(dim, hidden, **dd), "act": nn.SiLU(), "fc2": Linear(hidden, dim, **dd)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

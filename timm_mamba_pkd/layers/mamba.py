@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_mamba_pkd.layers.linear import Linear, linear
 from timm_mamba_pkd.ops import causal_conv1d_silu, selective_scan
+
+torch.fx.wrap("linear")
 
 
 class Mamba(nn.Module):
@@ -67,13 +70,13 @@ class Mamba(nn.Module):
         self.bidirectional = bidirectional
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False, **dd)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False, **dd)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, **dd)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **dd)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, **dd)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, **dd)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(self.d_inner, **dd))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **dd)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False, **dd)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -104,7 +107,7 @@ class Mamba(nn.Module):
         """Convolve and scan in one direction: (batch, inner channels, length) in, same out."""
         x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = F.linear(dt, self.dt_proj.weight).transpose(1, 2)
+        delta = linear(dt, self.dt_proj.weight).transpose(1, 2)
         A = -torch.exp(self.A_log.float())
         B, C = B.transpose(1, 2), C.transpose(1, 2)
         return selective_scan(

@@ -310,26 +310,27 @@ void backward_chunk(const Scan& s, const Scratch& k, int64_t b, int64_t t0, int6
     const REAL *A = k.A + block * states * LANES, *B = k.B + t0 * states, *C = k.C + t0 * states;
     for (int64_t n = 0; n < states; ++n) {
         const V a = load(A + n * LANES);
-        V decay[T], h[T + 1];
-        h[0] = load(checkpoint + n * LANES);
+        REAL *dB = k.dB + n * T * LANES, *dC = k.dC + n * T * LANES;
+        V decay[T], left[T];  // what is left of the state before, after a step's decay
+        V h = load(checkpoint + n * LANES);
         UNROLL
         for (int t = 0; t < T; ++t) {
             decay[t] = exp2(steps.step[t] * a);
-            h[t + 1] = decay[t] * h[t] + steps.input[t] * B[t * states + n];
-            if (GATE) y[t] += h[t + 1] * C[t * states + n];
+            left[t] = decay[t] * h;
+            h = left[t] + steps.input[t] * B[t * states + n];
+            store(dC + t * LANES, load(dC + t * LANES) + dy[t] * h);
+            if (GATE) y[t] += h * C[t * states + n];
         }
         V g = load(carried + n * LANES), dA = load(sum_dA + n * LANES);
-        REAL *dB = k.dB + n * T * LANES, *dC = k.dC + n * T * LANES;
         UNROLL
         for (int t = T - 1; t >= 0; --t) {
             g += dy[t] * C[t * states + n];
-            store(dC + t * LANES, load(dC + t * LANES) + dy[t] * h[t + 1]);
             store(dB + t * LANES, load(dB + t * LANES) + g * steps.input[t]);
             dinput[t] += g * B[t * states + n];
-            g *= decay[t];
-            const V dlog = g * h[t];
+            const V dlog = g * left[t];
             dstep[t] += dlog * a;
             dA += dlog * steps.step[t];
+            g *= decay[t];
         }
         store(carried + n * LANES, g);
         store(sum_dA + n * LANES, dA);

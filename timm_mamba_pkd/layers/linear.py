@@ -1,0 +1,33 @@
+"""Linear layers that are fast on every CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.fx.wrap
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of x (..., C), as a 1x1 convolution where that is faster: in float32 on a CPU.
+
+    There PyTorch multiplies matrices with MKL, which on AMD's processors is half as fast as oneDNN, the library of its
+    convolutions (``benchmarks/block.py``). In bfloat16 both are oneDNN's.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - of such a block alone TorchScript compiles nothing
+        if _convolves(x, weight):
+            rows = x.reshape(x.shape[0], 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels-last
+            y = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+            return y.reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
+
+
+def _convolves(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
