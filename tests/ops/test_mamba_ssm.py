@@ -258,14 +258,15 @@ def test_mixed_dtypes(backend, reverse):
     """Sequences of one dtype stay in it; of several, they are computed in float32. Parameters always are."""
     inputs = make_inputs()
     half, brain, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    for dtypes in [(half,) * 5, (half, brain, half, half, half), (single, brain, single, single, double)]:
+    for dtypes in [(half,) * 5, (half, brain, single, half, half), (single, brain, single, single, double)]:
         for position, dtype in zip((0, 1, 3, 4, 6), dtypes, strict=True):
             inputs[position] = inputs[position].to(dtype)
         for parameters in (half, brain, double):
             inputs[5], inputs[7] = inputs[5].to(parameters), inputs[7].to(parameters)
             actual = differentiate(selective_scan, inputs, backend, delta_softplus=True, reverse=reverse)
             true = differentiate(selective_scan, inputs, "parallel", delta_softplus=True, reverse=reverse)
-            assert_same(actual, true, 2**-7)
+            for one, other in zip(actual, true, strict=True):
+                assert_same([one], [other], 5e-6 if one.dtype in (single, double) else 2**-7)
 
 
 @pytest.mark.parametrize("backend", ["mamba-ssm"], indirect=True)
@@ -276,7 +277,7 @@ def test_misaligned_and_negated(backend, length, reverse):
         return torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
     def negate(x: Tensor) -> Tensor:
-        return torch.complex(torch.zeros_like(x), -x).conj().imag
+        return torch._neg_view(-x)
 
     inputs = [x.contiguous() for x in make_inputs(length=length)]
     convolution = [inputs[0], torch.randn(8, 4), torch.randn(8)]

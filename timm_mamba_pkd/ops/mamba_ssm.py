@@ -216,7 +216,6 @@ def _convolution_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, rever
 
 def _convert(tensor: Tensor, out: Tensor, reverse: bool) -> Tensor:
     """The tensor in the dtype and strides of out and aligned, a sequence also flipped; itself if nothing changes."""
-    tensor = tensor.resolve_neg()
     if reverse and tensor.dim() == 3:
         tensor = tensor.flip(-1)
     same = (tensor.dtype, tensor.stride()) == (out.dtype, out.stride()) and tensor.data_ptr() % _ALIGNMENT == 0
