@@ -136,7 +136,7 @@ def test_without_the_library(no_library, caplog):
         selective_scan(*tensors, delta_softplus=True)
     torch.testing.assert_close(y, selective_scan(*tensors, delta_softplus=True, backend="reference"))
     assert [record.getMessage() for record in caplog.records] == [
-        "selective scan: backend parallel, the slower one on a CPU: the native library was not built"
+        "selective scan on cpu: backend parallel, the slower one: the native library was not built"
     ]
     with pytest.raises(ValueError, match="'native' cannot serve: the native library was not built"):
         selective_scan(*tensors, backend="native")

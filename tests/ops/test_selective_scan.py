@@ -234,7 +234,8 @@ def test_mixed_devices(backend):
 def test_unknown_backend(device):
     inputs = {name: tensor.to(device) for name, tensor in make_inputs().items()}
     with pytest.raises(
-        ValueError, match=r"unknown backend 'cuda'; choose one of \['auto', 'reference', 'native', 'parallel'"
+        ValueError,
+        match=r"unknown backend 'cuda'; choose one of \['auto', 'reference', 'native', 'mamba-ssm', 'parallel'",
     ):
         selective_scan(**inputs, backend="cuda")
 
@@ -314,13 +315,14 @@ def test_meta_device():
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS], indirect=True)
 @pytest.mark.parametrize("without", [(), OPTIONAL])
 @pytest.mark.parametrize("save", [True, False])
-def test_opcheck(backend, without, save):
-    inputs = leaves(make_inputs(without=without))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, without, save, dtype):
+    inputs = leaves(make_inputs(without=without), dtype)
     inputs["u"] = inputs["u"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     arguments = (*(inputs.get(name) for name in NAMES), True, True, save, backend)
     torch.library.opcheck(torch.ops.timm_mamba_pkd.selective_scan.default, arguments)
     detached = (*(inputs[name].detach() if name in inputs else None for name in NAMES), True, True, backend)
-    dy = torch.randn(inputs["u"].shape)
+    dy = torch.randn(inputs["u"].shape).to(dtype)
     saved = torch.ops.timm_mamba_pkd.selective_scan(*arguments)[1].detach()
     torch.library.opcheck(torch.ops.timm_mamba_pkd.selective_scan_backward.default, (dy, saved, *detached))
 

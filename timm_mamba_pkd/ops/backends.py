@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_mamba_pkd.ops import native, parallel
+from timm_mamba_pkd.ops import mamba_ssm, native, parallel
 
 VARIABLE = "TIMM_MAMBA_PKD_SCAN"
 _logger = logging.getLogger(__name__)
@@ -46,6 +46,14 @@ BACKENDS: dict[str, Backend] = {
         native.convolve,
         native.convolve_backward,
     ),
+    "mamba-ssm": Backend(
+        mamba_ssm.unavailable,
+        mamba_ssm.saved_shape,
+        mamba_ssm.forward,
+        mamba_ssm.backward,
+        mamba_ssm.convolve,
+        mamba_ssm.convolve_backward,
+    ),
     "parallel": Backend(
         parallel.unavailable,
         parallel.saved_shape,
@@ -80,8 +88,9 @@ def _automatic(device: str) -> str:
     """The first backend that can serve, and a line of log on it."""
     reasons = {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
     name = next(name for name, reason in reasons.items() if reason is None)
-    if device == "cpu" and reasons["native"] is not None:
-        _logger.warning("selective scan: backend %s, the slower one on a CPU: %s", name, reasons["native"])
+    fastest = {"cpu": "native", "cuda": "mamba-ssm"}.get(device, name)
+    if name != fastest:
+        _logger.warning("selective scan on %s: backend %s, the slower one: %s", device, name, reasons[fastest])
     else:
         _logger.info("selective scan on %s: backend %s", device, name)
     return name

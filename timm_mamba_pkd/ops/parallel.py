@@ -56,7 +56,7 @@ def forward(
         if z is not None:
             out *= F.silu(_time_first(z, rows, dtype, len(out)))
         _store(out, y, rows)
-    return y, y.new_empty(0)
+    return y, y.new_empty(0, dtype=dtype)
 
 
 def backward(
