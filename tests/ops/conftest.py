@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from timm_mamba_pkd.ops import native
+from timm_mamba_pkd.ops import BACKENDS, native
 
 
 @pytest.fixture
 def backend(request, monkeypatch) -> str:
     """The name of a backend; "native: AVX2" is the native one on that instruction set."""
     name, _, instruction_set = request.param.partition(": ")
-    if name == "native" and (reason := native.unavailable(torch.device("cpu"))):
+    if name in BACKENDS and (reason := BACKENDS[name].unavailable(torch.device("cpu"))):
         pytest.skip(reason)
     if instruction_set:
         index = native.INSTRUCTION_SETS.index(instruction_set)
