@@ -43,27 +43,36 @@ def test_under_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled here")
+@pytest.mark.parametrize("minimal", [False, True])
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_the_kernels_compile_for_a_gpu(name, monkeypatch, tmp_path):
-    """The interpreter takes more than the compiler does; the compiler needs no GPU."""
+def test_the_kernels_compile_for_a_gpu(name, minimal, monkeypatch, tmp_path):
+    """The interpreter takes more than the compiler does; the compiler needs no GPU.
+
+    Minimal: without what is optional and with sizes and strides of 1, which Triton makes constants.
+    """
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(importlib.import_module("timm_mamba_pkd.ops.triton_kernels"), name)
-    sequences = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
-    types: dict[str, Any] = dict.fromkeys(sequences, ("*bf16", "i32", "i32", "i32"))
-    types |= dict.fromkeys(("D", "delta_bias"), ("*fp32", "i32"))
-    types |= dict.fromkeys(("batch", "channels", "length"), "i32")
+    sequences, sizes = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz"), ("batch", "channels", "length")
+    types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "*fp32")
+    types |= dict.fromkeys(sequences, ("*bf16", "i32", *(["constexpr"] * 2 if minimal else ["i32"] * 2)))
+    types |= dict.fromkeys(("D", "delta_bias"), ("*fp32", "i32")) | dict.fromkeys(sizes, "i32")
     constants = {"SOFTPLUS": True, "REVERSE": True, "states": 5, "STATES": 8, "CHANNELS": 32, "CHUNK": 4}
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-    )
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["cubin"]
+    if minimal:
+        constants |= dict.fromkeys(("D", "z", "delta_bias", "dD", "dz", "dbias")) | dict.fromkeys(sizes, 1)
+        constants |= {"SOFTPLUS": False, "REVERSE": False, "saved": None} if name == "forward" else {}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    values: dict[tuple[int, ...], Any] = {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if kind == "constexpr":
+            values[(index,)] = constants[name]
+        elif isinstance(kind, tuple):
+            values |= {(index, place): 1 for place, part in enumerate(kind) if part == "constexpr"}
+    source = ASTSource(kernel, signature, values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_scan._OPTIONS).asm["cubin"]
 
 
 def make_inputs(batch: int, channels: int, length: int, states: int, dtype: torch.dtype = torch.float32) -> list[Any]:
