@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_mamba_pkd.ops import mamba_ssm, native, parallel
+from timm_mamba_pkd.ops import mamba_ssm, native, parallel, triton_scan
 
 VARIABLE = "TIMM_MAMBA_PKD_SCAN"
 _logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class Backend(NamedTuple):
     convolve_backward: Callable[..., list[Tensor | None]]
 
 
-# In the order in which "auto" tries them.
+# In the order in which "auto" tries them. "triton" has not been measured on a GPU yet: behind "parallel", which can
+# always serve, it is only taken by name.
 BACKENDS: dict[str, Backend] = {
     "native": Backend(
         native.unavailable,
@@ -61,6 +62,14 @@ BACKENDS: dict[str, Backend] = {
         parallel.backward,
         parallel.convolve,
         parallel.convolve_backward,
+    ),
+    "triton": Backend(
+        triton_scan.unavailable,
+        triton_scan.saved_shape,
+        triton_scan.forward,
+        triton_scan.backward,
+        triton_scan.convolve,
+        triton_scan.convolve_backward,
     ),
 }
 
