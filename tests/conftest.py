@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from timm_mamba_pkd.ops import BACKENDS, native
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # The tests' models are tiny: more threads cost more than they bring.
@@ -28,3 +30,17 @@ def data_root(tmp_path_factory) -> Path:
         with gzip.open(archive) as packed, open(raw / archive.stem, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     return root
+
+
+@pytest.fixture
+def backend(request, monkeypatch) -> str:
+    """The name of a backend; "native: AVX2" is the native one on that instruction set."""
+    name, _, instruction_set = request.param.partition(": ")
+    if name in BACKENDS and (reason := BACKENDS[name].unavailable(torch.device("cpu"))):
+        pytest.skip(reason)
+    if instruction_set:
+        index = native.INSTRUCTION_SETS.index(instruction_set)
+        if index > native.instruction_set():
+            pytest.skip(f"this processor has no {instruction_set}")
+        monkeypatch.setattr(native, "instruction_set", lambda: index)
+    return name

@@ -3,14 +3,13 @@
 import copy
 import fnmatch
 import math
-import warnings
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.utils.checkpoint
-from timm.models import create_feature_extractor, group_parameters, save_for_hf
+from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models import STUDENTS, MambaPKD, save_checkpoint, save_weights
@@ -250,57 +249,11 @@ def test_bfloat16(name):
     assert (y - true).abs().max() < 0.05 * true.abs().max()
 
 
-def test_autocast_training_step():
-    model = make()
-    x = torch.randn(8, 3, 16, 16)
-    true = backward(model, nn.functional.cross_entropy(model(x), torch.arange(8)))
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(x)
-        loss = nn.functional.cross_entropy(logits, torch.arange(8))
-    assert logits.dtype == torch.bfloat16
-    half = backward(model, loss)
-    assert {gradient.dtype for gradient in half.values()} == {torch.float32}
-    both = [torch.cat([gradient.flatten() for gradient in gradients.values()]) for gradients in (half, true)]
-    assert nn.functional.cosine_similarity(*both, dim=0) > 0.98
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:The TorchScript type system:UserWarning")
-def test_torchscript_and_fx():
-    model = make(drop_path_rate=0.1).eval()
-    traced = create_feature_extractor(model, {"head.fc": "logits"})
-    x = torch.randn(2, 3, 19, 16)
-    true = model(x)
-    true_gradients = backward(model, true.square().sum())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        transformed = {
-            "script": torch.jit.script(model),
-            "fx": lambda x: traced(x)["logits"],
-            "fx then script": torch.jit.script(traced),
-        }
-    for key, function in transformed.items():
-        y = function(x)
-        y = y["logits"] if isinstance(y, dict) else y
-        torch.testing.assert_close(y, true, msg=key)
-        if key == "fx":
-            torch.testing.assert_close(backward(traced, y.square().sum()), true_gradients)
-        with pytest.raises((AssertionError, torch.jit.Error), match="images must be at least 8 pixels high"):
-            function(torch.zeros(1, 3, 7, 8))
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:The TorchScript type system:UserWarning")
 def test_features_in_torchscript():
     model: Any = timm.create_model(SMALL, features_only=True).eval()
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-def test_export():
-    model = make().eval()
-    x = torch.randn(2, 3, 32, 32)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    y = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(program.module()(y), model(y))
 
 
 @pytest.mark.parametrize("safe", [False, True])

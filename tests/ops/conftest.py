@@ -7,27 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_mamba_pkd.ops import BACKENDS, mamba_ssm, native
+from timm_mamba_pkd.ops import mamba_ssm
 from timm_mamba_pkd.ops.reference import selective_scan_reference
 
-CPU = torch.device("cpu")
 
-
-@pytest.fixture
-def backend(request, monkeypatch) -> str:
-    """The name of a backend; "native: AVX2" is the native one on that instruction set; mamba-ssm has fake kernels."""
-    name, _, instruction_set = request.param.partition(": ")
-    if name == "mamba-ssm":
+@pytest.fixture(autouse=True)
+def mamba_ssm_without_cuda(request, monkeypatch) -> None:
+    """Where a test's ``backend`` is mamba-ssm, that has fake kernels for the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "mamba-ssm":
         monkeypatch.setattr(mamba_ssm, "DEVICE", "cpu")
         monkeypatch.setattr(mamba_ssm, "_load", lambda: FAKE_KERNELS)
-    if name in BACKENDS and (reason := BACKENDS[name].unavailable(CPU)):
-        pytest.skip(reason)
-    if instruction_set:
-        index = native.INSTRUCTION_SETS.index(instruction_set)
-        if index > native.instruction_set():
-            pytest.skip(f"this processor has no {instruction_set}")
-        monkeypatch.setattr(native, "instruction_set", lambda: index)
-    return name
 
 
 @pytest.fixture

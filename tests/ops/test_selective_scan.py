@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mamba_pkd.ops import BACKENDS, native, selective_scan
@@ -14,7 +14,9 @@ from timm_mamba_pkd.ops import BACKENDS, native, selective_scan
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 OPTIONAL = ("D", "z", "delta_bias")
 INSTRUCTION_SETS = [f"native: {name}" for name in native.INSTRUCTION_SETS]
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS, *INSTRUCTION_SETS], indirect=True)
+EVERY_BACKEND = pytest.mark.parametrize(
+    "backend", ["reference", "exportable", *BACKENDS, *INSTRUCTION_SETS], indirect=True
+)
 Inputs = dict[str, Any]
 
 
@@ -226,90 +228,16 @@ def test_bad_tensors(backend, device, name, bad, message):
 def test_mixed_devices(backend):
     inputs = make_inputs()
     inputs["D"] = inputs["D"].to("meta")
-    with pytest.raises(ValueError, match="D must be on cpu as u is, got meta"):
+    with pytest.raises(ValueError, match="D must be on cpu as the input is, got meta"):
         selective_scan(**inputs, backend=backend)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_unknown_backend(device):
     inputs = {name: tensor.to(device) for name, tensor in make_inputs().items()}
-    with pytest.raises(
-        ValueError,
-        match=r"unknown backend 'cuda'; choose one of \['auto', 'reference', 'native', 'mamba-ssm', 'parallel'",
-    ):
+    choice = r"\['auto', 'native', 'mamba-ssm', 'parallel', 'triton', 'reference', 'exportable'\]"
+    with pytest.raises(ValueError, match=f"unknown backend 'cuda'; choose one of {choice}"):
         selective_scan(**inputs, backend="cuda")
-
-
-class Scan(nn.Module):
-    """A module around the scan, as a mixer calls it."""
-
-    def __init__(self, backend: str = "auto"):
-        super().__init__()
-        self.backend = backend
-
-    def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        return selective_scan(u, delta, A, B, C, D, delta_softplus=True, backend=self.backend)
-
-
-def scan_inputs(**shape: Any) -> tuple[Tensor, ...]:
-    return tuple(leaves(make_inputs(**shape, without=("z", "delta_bias"))).values())
-
-
-def assert_same_function(transformed, original: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    y, true_y = transformed(*inputs), original(*inputs)
-    torch.testing.assert_close(y, true_y)
-    grads, true_grads = (torch.autograd.grad(out.square().sum(), inputs) for out in (y, true_y))
-    torch.testing.assert_close(grads, true_grads)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_torchscript(backend, tmp_path):
-    scan = Scan(backend)
-    torch.jit.script(scan).save(tmp_path / "scan.pt")
-    assert_same_function(torch.jit.load(tmp_path / "scan.pt"), scan, scan_inputs())
-
-
-def test_fx():
-    scan = Scan()
-    traced = torch.fx.symbolic_trace(scan)
-    assert any("selective_scan" in str(node.target) for node in traced.graph.nodes)
-    assert_same_function(traced, scan, scan_inputs())
-
-
-def test_compile():
-    scan = Scan()
-    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (2, 3):
-        assert_same_function(compiled, scan, scan_inputs(batch=batch))
-
-
-def test_export():
-    scan = Scan()
-    batch = torch.export.Dim("batch")
-    dynamic = ({0: batch}, {0: batch}, None, {0: batch}, {0: batch}, None)
-    exported = torch.export.export(scan, scan_inputs(), dynamic_shapes=dynamic).module()
-    torch.testing.assert_close(exported(*scan_inputs(batch=5)), scan(*scan_inputs(batch=5)))
-
-
-@EVERY_BACKEND
-def test_autocast_leaves_float32_alone(backend):
-    inputs = scan_inputs(length=63)
-    scan = Scan(backend)
-    true_y = scan(*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = scan(*inputs)
-        grads = torch.autograd.grad(y.sum(), inputs)
-    assert torch.equal(y, true_y)
-    for grad, true_grad in zip(grads, torch.autograd.grad(true_y.sum(), inputs), strict=True):
-        assert torch.equal(grad, true_grad)
-
-
-def test_meta_device():
-    inputs = tuple(tensor.detach().to("meta").requires_grad_() for tensor in scan_inputs())
-    y = Scan()(*inputs)
-    assert (y.device.type, y.shape) == ("meta", inputs[0].shape)
-    assert [grad.shape for grad in torch.autograd.grad(y.sum(), inputs)] == [tensor.shape for tensor in inputs]
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS], indirect=True)
@@ -331,10 +259,10 @@ def test_opcheck(backend, without, save, dtype):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_flops(backend, device):
     batch, channels, length, states = 2, 3, 9, 5
-    inputs = tuple(tensor.detach().to(device).requires_grad_() for tensor in scan_inputs())
+    inputs = {name: tensor.to(device).requires_grad_() for name, tensor in make_inputs().items()}
     forward = 9 * batch * length * channels * states + 2 * batch * length * channels
     with FlopCounterMode(display=False) as counter:
-        y = Scan(backend)(*inputs)
+        y = selective_scan(**inputs, backend=backend)
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import is_exportable
 from torch import Tensor, nn
 
 from timm_mamba_pkd.layers.linear import Linear, linear
@@ -19,7 +20,8 @@ class Mamba(nn.Module):
     (B, H, W, C) in, same out, any grid. The parameters have the names, shapes and initialisation of mamba-ssm's
     ``Mamba``. With ``bidirectional=False`` so has the function; otherwise the same parameters also run over the
     reversed sequence, and the two outputs of the scan are summed before the gate: reversing the tokens reverses
-    the output. The state is float32 or better under autocast.
+    the output. The state is float32 or better under autocast. A mixer made in timm's exportable mode consists of
+    PyTorch's own operators only.
 
     Args:
         d_model: Channels C.
@@ -69,6 +71,7 @@ class Mamba(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.bidirectional = bidirectional
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.backend = "exportable" if is_exportable() else "auto"
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False, **dd)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, **dd)
@@ -105,11 +108,12 @@ class Mamba(nn.Module):
 
     def _scan(self, x: Tensor, reverse: bool) -> Tensor:
         """Convolve and scan in one direction: (batch, inner channels, length) in, same out."""
-        x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse)
+        x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse, self.backend)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         delta = linear(dt, self.dt_proj.weight).transpose(1, 2)
         A = -torch.exp(self.A_log.float())
         B, C = B.transpose(1, 2), C.transpose(1, 2)
+        bias = self.dt_proj.bias
         return selective_scan(
-            x, delta, A, B, C, self.D, delta_bias=self.dt_proj.bias, delta_softplus=True, reverse=reverse
+            x, delta, A, B, C, self.D, None, bias, delta_softplus=True, reverse=reverse, backend=self.backend
         )

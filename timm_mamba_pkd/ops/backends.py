@@ -84,8 +84,8 @@ def resolve(backend: str, device: torch.device) -> Backend:
     if name == "auto":
         return BACKENDS[_automatic(device.type)]
     if name not in BACKENDS:
-        by, others = (f" (by {VARIABLE})", ["auto"]) if backend == "auto" else ("", ["auto", "reference"])
-        raise ValueError(f"unknown backend {name!r}{by}; choose one of {[*others, *BACKENDS]}")
+        by, others = (f" (by {VARIABLE})", []) if backend == "auto" else ("", ["reference", "exportable"])
+        raise ValueError(f"unknown backend {name!r}{by}; choose one of {['auto', *BACKENDS, *others]}")
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise ValueError(f"the selective scan's backend {name!r} cannot serve: {reason}")

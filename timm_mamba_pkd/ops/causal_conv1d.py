@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from timm_mamba_pkd.ops.backends import resolve
+from timm_mamba_pkd.ops.contract import check_convolution_arguments
+from timm_mamba_pkd.ops.exportable import causal_conv1d_silu_exportable
+
+torch.fx.wrap("causal_conv1d_silu_exportable")  # FX cannot trace its checks
 
 
 def causal_conv1d_silu(
@@ -21,7 +25,7 @@ def causal_conv1d_silu(
         weight: (channels, width). Its dtype may differ from that of x; the arithmetic is float32 or better.
         bias: (channels,).
         reverse: Run time backwards, as if x and y were flipped along the length.
-        backend: "auto" or a key of ``BACKENDS``, as in ``selective_scan``.
+        backend: As in ``selective_scan``; "reference" and "exportable" are the same.
 
     Returns:
         y, (batch, channels, length), in the dtype of x.
@@ -29,12 +33,14 @@ def causal_conv1d_silu(
     Raises:
         ValueError: Unknown backend, one that cannot serve here, or an argument of the wrong shape, dtype or device.
     """
+    if backend in ["reference", "exportable"]:
+        return causal_conv1d_silu_exportable(x, weight, bias, reverse)
     return torch.ops.timm_mamba_pkd.causal_conv1d_silu(x, weight, bias, reverse, backend)
 
 
 @torch.library.custom_op("timm_mamba_pkd::causal_conv1d_silu", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, backend: str) -> Tensor:
-    _check_arguments(x, weight, bias)
+    check_convolution_arguments(x, weight, bias)
     chosen = resolve(backend, x.device)
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -44,7 +50,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, back
 
 @_forward.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, backend: str) -> Tensor:
-    _check_arguments(x, weight, bias)
+    check_convolution_arguments(x, weight, bias)
     resolve(backend, x.device)
     return torch.empty_like(x)
 
@@ -61,21 +67,6 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, revers
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, backend: str) -> list[Tensor]:
     return [torch.empty_like(t) for t in (x, weight, bias) if t is not None]
-
-
-def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"x must be (batch, channels, length), got shape {list(x.shape)}")
-    channels = x.shape[1]
-    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
-        raise ValueError(f"weight must be (channels, width) = ({channels}, at least 1), got shape {list(weight.shape)}")
-    if bias is not None and list(bias.shape) != [channels]:
-        raise ValueError(f"bias must be (channels,) = [{channels}], got shape {list(bias.shape)}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a real floating tensor, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every selective scan promises about its arguments; TorchScript can compile this file."""
+"""What every selective scan and convolution promises about its arguments; TorchScript can compile this file."""
 
 import torch
 from torch import Tensor
@@ -34,13 +34,26 @@ def check_arguments(
         _check(delta_bias, "delta_bias", "(channels,)", [channels], u.device)
 
 
+def check_convolution_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError, naming the argument, unless all are real floating tensors of matching shapes on one device."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be (batch, channels, length), got shape {list(x.shape)}")
+    channels = x.shape[1]
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        raise ValueError(f"weight must be (channels, width) = ({channels}, at least 1), got shape {list(weight.shape)}")
+    _check(x, "x", "(batch, channels, length)", list(x.shape), x.device)
+    _check(weight, "weight", "(channels, width)", list(weight.shape), x.device)
+    if bias is not None:
+        _check(bias, "bias", "(channels,)", [channels], x.device)
+
+
 def _check(tensor: Tensor, name: str, meaning: str, shape: list[int], device: torch.device) -> None:
     if list(tensor.shape) != shape:
         raise ValueError(f"{name} must be {meaning} = {shape}, got shape {list(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be a real floating tensor, got {tensor.dtype} (shape {shape})")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} as u is, got {tensor.device} (shape {shape})")
+        raise ValueError(f"{name} must be on {device} as the input is, got {tensor.device} (shape {shape})")
 
 
 def compute_dtype(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> torch.dtype:

@@ -8,7 +8,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from timm_mamba_pkd.ops.backends import resolve
 from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype
+from timm_mamba_pkd.ops.exportable import selective_scan_exportable
 from timm_mamba_pkd.ops.reference import selective_scan_reference
+
+# FX cannot trace their checks and loops.
+torch.fx.wrap("selective_scan_exportable")
+torch.fx.wrap("selective_scan_reference")
 
 
 def selective_scan(
@@ -43,8 +48,9 @@ def selective_scan(
         delta_softplus: Pass delta (with its bias) through softplus.
         reverse: Run time backwards, as if all inputs and the output were flipped along the length.
         backend: "auto", the first of ``BACKENDS`` that can serve, or the one that the environment variable
-            ``TIMM_MAMBA_PKD_SCAN`` names; "reference"; or a key of ``BACKENDS``. The reference is differentiated by
-            autograd and is neither FX-traceable nor counted by FLOP counters; all others are one operator.
+            ``TIMM_MAMBA_PKD_SCAN`` names; a key of ``BACKENDS``; "reference", step by step; or "exportable", for
+            exporters that know no custom operators. The last two are PyTorch's operators, differentiated by autograd
+            and not counted by FLOP counters; all others are one operator.
 
     Returns:
         y, (batch, channels, length), in the dtype of u. The arithmetic is float32, or float64 if one of
@@ -55,7 +61,9 @@ def selective_scan(
     """
     if backend == "reference":
         return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    save = torch.is_grad_enabled()
+    if backend == "exportable":
+        return selective_scan_exportable(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    save = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace serves with and without gradients
     return torch.ops.timm_mamba_pkd.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save, backend
     )[0]

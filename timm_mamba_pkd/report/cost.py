@@ -18,8 +18,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
     One multiply-accumulate (MAC) is two of the FLOPs that `torch.utils.flop_counter.FlopCounterMode` counts. It counts
     convolutions, matrix products, attention and every operator with a registered formula, which the selective scan of
-    `timm_mamba_pkd.ops` is; it ignores elementwise work, normalisation, pooling, and operators without a formula such
-    as LSTMs.
+    `timm_mamba_pkd.ops` is (but not in a model made in timm's exportable mode); it ignores elementwise work,
+    normalisation, pooling, and operators without a formula such as LSTMs.
 
     The count is made on a copy without hooks: on the meta device, or where the model cannot run there (it looks at the
     values of its tensors) on its own device with a blank image. `model` itself never runs and is left as it was.
