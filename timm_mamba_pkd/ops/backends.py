@@ -100,6 +100,6 @@ def _automatic(device: str) -> str:
     fastest = {"cpu": "native", "cuda": "mamba-ssm"}.get(device, name)
     if name != fastest:
         _logger.warning("selective scan on %s: backend %s, the slower one: %s", device, name, reasons[fastest])
-    else:
+    elif device != "meta":
         _logger.info("selective scan on %s: backend %s", device, name)
     return name
