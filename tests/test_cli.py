@@ -44,6 +44,8 @@ def test_flags_of_torchdistills_script():
         ["report"],
         ["fly"],
         ["train", "--config", "a", "--seed", "x"],
+        ["train", "--config", "a", "--seed", "-5"],
+        ["train", "--config", "a", "--seed", str(2**32)],
         ["train", "--cfg", "a"],
     ],
 )

@@ -1,6 +1,7 @@
 """The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``, ``doctor``."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--config", required=True, help="yaml file path")
     run.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
     run.add_argument("--run_log", help="log file path (default: log.txt in the output folder)")
-    run.add_argument("--seed", type=int, default=42, help="seed in random number generator (default: 42)")
+    run.add_argument("--seed", type=seed, default=42, help="seed in random number generator (default: 42)")
     run.add_argument("-disable_cudnn_benchmark", action="store_true", help="disable torch.backend.cudnn.benchmark")
     run.add_argument("-student_only", action="store_true", help="test the student model only")
     run.add_argument("-log_config", action="store_true", help="log config")
@@ -45,9 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def seed(text: str) -> int:
+    """A seed that torch, Python and NumPy all take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {2**32 - 1}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a user's errors are one line each on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as under python -m: a config may name modules beside it
     try:
         args.action(args)
     except (runner.ConfigError, FloatingPointError) as error:

@@ -262,15 +262,12 @@ def test_meta_says_what_the_logits_are_of(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"model": "teacher"', "is damaged (meta.json): delete the folder"),
-        (b"\xff\xfe\x00", "is damaged (meta.json): delete the folder"),
-        (b"", "is damaged (meta.json): delete the folder"),
         (b"[]", "was made from another model, weights, images"),
         ("weights", "was made from another weights: delete the folder, or choose another cache_dir"),
         ("seed", "was made from another seed: delete the folder, or choose another cache_dir"),
     ],
 )
-def test_a_foreign_or_damaged_meta_is_refused(tmp_path, content, message):
+def test_a_foreign_meta_is_refused(tmp_path, content, message):
     run(tmp_path, Model(), views_of())
     path = the_folder(tmp_path) / "meta.json"
     if isinstance(content, str):
@@ -280,6 +277,17 @@ def test_a_foreign_or_damaged_meta_is_refused(tmp_path, content, message):
         run(tmp_path, Model(), views_of())
     assert message in str(error.value) and str(path.parent) in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b'{"model": "teacher"', b"\xff\xfe\x00", b""])
+def test_a_damaged_meta_costs_the_logits(tmp_path, content, caplog):
+    whole = run(tmp_path, Model(), views_of())
+    folder = the_folder(tmp_path)
+    meta = (folder / "meta.json").read_bytes()
+    (folder / "meta.json").write_bytes(content)
+    assert run(tmp_path, Model(), views_of()) == whole == VIEWS * SAMPLES
+    assert (folder / "meta.json").read_bytes() == meta
+    assert f"Cached logits in {folder} are damaged (meta.json): they are computed again" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["root", "folder", "meta.json", "view_0000.npy"])

@@ -1,5 +1,5 @@
 from timm_mamba_pkd import cli
-from timm_mamba_pkd.ops import BACKENDS, native
+from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 
 
 def test_every_backend_is_named(capsys):
@@ -15,3 +15,17 @@ def test_why_a_backend_cannot_serve(capsys, monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: "the native library was not built")
     assert cli.main(["doctor"]) == 0
     assert "  native: the native library was not built\n" in capsys.readouterr().out
+
+
+def test_the_variable_is_named(capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "parallel")
+    assert cli.main(["doctor"]) == 0
+    assert f"selective scan on cpu, {VARIABLE} asks for parallel:\n" in capsys.readouterr().out
+
+
+def test_a_wrong_variable_stops_a_run_at_once(capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fast")
+    assert cli.main(["check", "--config", "missing.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"mamba-pkd: error: unknown backend 'fast' (by {VARIABLE}); choose one of ['auto', 'native'"
+    )

@@ -116,3 +116,11 @@ def test_run_log_that_is_a_directory(command, plain, run, capsys, tmp_path):
     code, folder = run(plain, "--run_log", str(tmp_path), command=command)
     assert code == 2 and not folder.exists()
     assert error_of(capsys) == f"--run_log {tmp_path} is a directory: name a file"
+
+
+def test_an_output_that_is_a_file(plain, run, capsys, tmp_path):
+    output = tmp_path / "mine.txt"
+    output.write_text("mine")
+    assert run(plain, output="mine.txt")[0] == 2
+    assert error_of(capsys) == f"--output {output} is a file: name a folder"
+    assert output.read_text() == "mine"

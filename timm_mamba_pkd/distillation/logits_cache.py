@@ -101,8 +101,8 @@ class LogitsCache:
         path = self.folder / "meta.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                found = json.loads(path.read_text())
+            found = self._meta_there(path)
+            if found is not None:
                 if found != meta:
                     changed = [key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]]
                     raise CacheError(
@@ -116,8 +116,18 @@ class LogitsCache:
             self._require_space(num_views)
         except OSError as error:
             raise CacheError(f"cache {self.folder} cannot be used: {error.strerror or error}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CacheError(f"cache {self.folder} is damaged (meta.json): delete the folder") from error
+
+    def _meta_there(self, path: Path) -> Any:
+        """The content of meta.json, None without one. A damaged one takes the logits with it: nothing says of what."""
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            logger.warning("Cached logits in %s are damaged (meta.json): they are computed again", self.folder)
+            for file in self.folder.glob("view_*.npy"):
+                file.unlink()
+            return None
 
     def _require_space(self, num_views: int) -> None:
         have = sum(path.stat().st_size for path in self.folder.glob("view_*.npy"))

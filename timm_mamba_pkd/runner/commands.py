@@ -17,7 +17,7 @@ from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
-from timm_mamba_pkd.ops import BACKENDS, native
+from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native, resolve
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
@@ -132,7 +132,9 @@ def run_doctor(args: argparse.Namespace) -> None:
     else:
         print("cuda: not available")
     for device in devices:
-        print(f"selective scan on {device}, the first that can is taken:")
+        chosen = os.environ.get(VARIABLE, "auto")
+        taken = "the first that can is taken" if chosen == "auto" else f"{VARIABLE} asks for {chosen}"
+        print(f"selective scan on {device}, {taken}:")
         for name, backend in BACKENDS.items():
             reason = backend.unavailable(device)
             print(f"  {name}: {reason or 'can serve'}")
@@ -157,6 +159,10 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {args.device} cannot be used: {first_line(error)}") from error
     _keep_freed_memory()
+    try:
+        resolve("auto", device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
     job = prepare(args.config, device)

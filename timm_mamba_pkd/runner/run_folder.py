@@ -31,6 +31,8 @@ class RunFolder:
 
     def require_free(self) -> None:
         """Raise a ConfigError if a run, or anything that a run would write, is already here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output {self.path} is a file: name a folder")
         reports = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
         written = [self.config, self.log, self.metrics, *(self.path / name for name in ("weights", *reports))]
         if any(path.exists() for path in written):

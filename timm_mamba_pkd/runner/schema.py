@@ -72,6 +72,7 @@ ANY = None
 FLAG = Value("True or False", ("bool",))
 PATHS = Value("a list of module paths", ("seq",))
 NUMBER = Value("a number", ("int", "float"))
+PATH = Value("a path", ("str",))
 POSITIVE = Value("an integer of at least 1", ("int",), _at_least(1))
 COUNT = Value("an integer of at least 0", ("int",), _at_least(0))
 
@@ -102,7 +103,7 @@ ROLE = Section(
         "auxiliary_model_wrapper": Section({"key": ANY, "kwargs": Maybe(ANY), **REDESIGN}, ("key",)),
         "wrapper": Maybe(ANY),
         "requires_grad": FLAG,
-        "src_ckpt": Maybe(ANY),
+        "src_ckpt": Maybe(PATH),
     }
 )
 MODULE_WISE = Items(Section({"module": ANY, "kwargs": Maybe(ANY), "is_teacher": FLAG}, ("module",)))
@@ -165,13 +166,13 @@ STAGE = {
 STAGE_NEEDS = ("num_epochs", "criterion")
 WHOLE = {"log_freq": POSITIVE, "amp": FLAG}
 FIRST_NEEDS = ("train_data_loader", "val_data_loader")
-BESIDE_STAGES = dict.fromkeys(("teacher", "student", "model"), Section({"dst_ckpt": Maybe(ANY)}))
+BESIDE_STAGES = dict.fromkeys(("teacher", "student", "model"), Section({"dst_ckpt": Maybe(PATH)}))
 MODEL = Section(
     {
         "key": ANY,
         "kwargs": Maybe(Each(ANY)),
-        "src_ckpt": Maybe(ANY),
-        "dst_ckpt": Maybe(ANY),
+        "src_ckpt": Maybe(PATH),
+        "dst_ckpt": Maybe(PATH),
         "repo_or_dir": Maybe(ANY),
         "quantized": FLAG,
         "sync_bn": FLAG,
