@@ -1,7 +1,6 @@
 """The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``, ``doctor``."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -57,8 +56,8 @@ def seed(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a user's errors are one line each on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as under python -m: a config may name modules beside it
+    if "" not in sys.path:
+        sys.path.append("")  # a config may name modules of the working folder, as under python -m
     try:
         args.action(args)
     except (runner.ConfigError, FloatingPointError) as error:

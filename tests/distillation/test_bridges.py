@@ -110,3 +110,9 @@ def test_adamw_is_torchs():
 def test_adamw_takes_a_model_without_matrices():
     (group,) = optimizer_of(nn.LayerNorm(3), lr=0.1).param_groups
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"differentiable": True}, {"fused": False}])
+def test_adamw_is_fused_unless_told_otherwise(kwargs):
+    optimizer = get_optimizer(nn.ModuleList([nn.Linear(2, 2)]), "mamba_pkd_adamw", **kwargs)
+    assert bool(optimizer.defaults["fused"]) is (not kwargs)

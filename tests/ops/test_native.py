@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -154,8 +155,7 @@ def test_a_library_that_cannot_be_loaded(content, reason, monkeypatch, tmp_path)
     if content is not None:
         (tmp_path / "_scan.abi3.so").write_bytes(content)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(native._load.__wrapped__())
+    assert re.search(reason, str(native._load.__wrapped__()))
 
 
 @needs_library
@@ -182,14 +182,15 @@ def test_the_environment_chooses(monkeypatch):
         selective_scan(*tensors)
 
 
-def test_an_install_without_a_compiler(tmp_path):
+@pytest.mark.parametrize("where", [["--build-lib", "built"], ["--inplace"]])  # an install, an editable one
+def test_an_install_without_a_compiler(where, tmp_path):
     """It succeeds, with one line of warning and no library."""
     pytest.importorskip("setuptools")
     for name in ("pyproject.toml", "README.md", "LICENSE", "timm_mamba_pkd"):
         source, ignore = ROOT / name, shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
         shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path)
     build = subprocess.run(
-        [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--build-lib", "built"],
+        [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", *where],
         env={**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"},
         cwd=tmp_path,
         capture_output=True,

@@ -47,8 +47,9 @@ def adamw_without_state_space_decay(
     """AdamW that decays matrices only: no vectors (biases, norms) and no state space parameters (A_log, D, dt bias).
 
     It is timm's rule for weight decay, for torchdistill, which hands optimizers nameless parameters. PyTorch's fused
-    implementation runs unless ``fused`` says otherwise.
+    implementation runs unless ``fused``, ``foreach`` or ``differentiable`` says otherwise.
     """
+    kwargs.setdefault("fused", not (kwargs.get("foreach") or kwargs.get("differentiable")))
     params = list(params)
     undecayed = [p for p in params if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
     skipped = set(map(id, undecayed))
@@ -56,7 +57,7 @@ def adamw_without_state_space_decay(
         {"params": [p for p in params if id(p) not in skipped], "weight_decay": weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, **{"fused": True, **kwargs})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, **kwargs)
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

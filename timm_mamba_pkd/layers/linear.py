@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of x (..., C), as a 1x1 convolution where that is faster: in float32 on a CPU.
 
-    There PyTorch multiplies matrices with MKL, which on AMD's processors is half as fast as oneDNN, the library of its
-    convolutions (``benchmarks/block.py``). In bfloat16 both are oneDNN's.
+    There PyTorch multiplies matrices with MKL, which on AMD's processors is slower than oneDNN, the library of its
+    convolutions. In bfloat16 both are oneDNN's.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - of such a block alone TorchScript compiles nothing
         if _convolves(x, weight):

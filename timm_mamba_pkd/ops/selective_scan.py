@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from timm_mamba_pkd.ops.backends import resolve
+from timm_mamba_pkd.ops.backends import Backend, resolve
 from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype
 from timm_mamba_pkd.ops.exportable import selective_scan_exportable
 from timm_mamba_pkd.ops.reference import selective_scan_reference
@@ -87,7 +87,7 @@ def _forward(
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
     chosen = resolve(backend, u.device)
     if u.numel() == 0:
-        return torch.empty_like(u), A.new_empty(0)
+        return _outputs(u, delta, A, B, C, save, chosen)
     with torch.autocast(u.device.type, enabled=False):
         return chosen.forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save)
 
@@ -109,7 +109,14 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check_arguments(u, delta, A, B, C, D, z, delta_bias)
     chosen = resolve(backend, u.device)
-    saved = u.new_empty(chosen.saved_shape(u, A) if save else [0], dtype=compute_dtype(u, delta, A, B, C))
+    return _outputs(u, delta, A, B, C, save, chosen)
+
+
+def _outputs(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, save: bool, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Memory for what a backend's forward returns."""
+    saved = u.new_empty(backend.saved_shape(u, A) if save else [0], dtype=compute_dtype(u, delta, A, B, C))
     return torch.empty_like(u), saved
 
 
