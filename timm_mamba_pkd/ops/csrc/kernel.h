@@ -217,16 +217,19 @@ inline void read_rows(const Scan& s, const Tensor& tensor, int64_t batch, REAL* 
 }
 
 // Steps of `count` channels from d, as columns (channels / LANES, `rows`, LANES) of which the first rows are written; plus
-// `bias` of a channel if there is one. Zeros after the last channel.
+// `bias` of a channel if there is one. Zeros after the last channel. Asks for the steps that lie `ahead`, too.
 template <class Call>
 void read(const Call& s, const Tensor& tensor, int64_t batch, int64_t t0, int64_t steps, int64_t d, int64_t count,
-          const REAL* bias, REAL* columns, int64_t rows) {
+          const REAL* bias, REAL* columns, int64_t rows, int64_t ahead) {
     typed(tensor, [&](const auto* values) {
         for (int64_t t = 0; t < steps; ++t) {
             const auto* p = values + row(s, tensor, batch, t0 + t) + d;
+            const int64_t next = std::max<int64_t>(0, std::min(s.length - 1, t0 + t + ahead));
+            const auto* soon = values + row(s, tensor, batch, next) + d;
             REAL* out = columns + t * LANES;
             int64_t i = 0;
             for (; i + LANES <= count; i += LANES, out += rows * LANES) {
+                __builtin_prefetch(soon + i, 0, 3);
                 const V v = load_as(p + i);
                 store(out, bias ? v + load(bias + i) : v);
             }
@@ -434,10 +437,10 @@ constexpr Backward BACKWARD[2][CHUNK] = {
 struct Tile {
     const Scan& s;
     const Scratch& k;
-    const int64_t batch, t0, steps, d, channels;
+    const int64_t batch, t0, steps, d, channels, ahead;
 
     void in(const Tensor& tensor, REAL* columns, const REAL* bias = nullptr) const {
-        read(s, tensor, batch, t0, steps, d, channels, bias, columns, steps);
+        read(s, tensor, batch, t0, steps, d, channels, bias, columns, steps, ahead);
     }
     void out(const Tensor& tensor, const REAL* columns) const { write(s, tensor, batch, t0, steps, d, channels, columns); }
     int64_t size() const { return (channels + LANES - 1) / LANES * LANES * steps; }
@@ -549,7 +552,7 @@ void forward(const Scan& s, int64_t batch, int64_t group, void* memory) {
     for (int64_t chunk = 0; chunk < chunks(s.length); ++chunk) {
         if (s.checkpoints) std::memcpy(checkpoint(s, batch, chunk, channels.first), state, size * sizeof(REAL));
         const int64_t t0 = start(s, chunk), steps = start(s, chunk + 1) - t0;
-        channels.tiles([&](int64_t d, int64_t count) { Tile{s, k, batch, t0, steps, d, count}.forward(); });
+        channels.tiles([&](int64_t d, int64_t count) { Tile{s, k, batch, t0, steps, d, count, CHUNK}.forward(); });
     }
 }
 
@@ -564,7 +567,7 @@ void backward(const Scan& s, int64_t batch, int64_t group, void* memory) {
         const int64_t t0 = start(s, chunk), steps = start(s, chunk + 1) - t0;
         for (REAL* lanes : {k.dB, k.dC}) std::fill_n(lanes, s.states * steps * LANES, REAL(0));
         channels.tiles([&](int64_t d, int64_t count) {
-            Tile{s, k, batch, t0, steps, d, count}.backward(checkpoint(s, batch, chunk, d));
+            Tile{s, k, batch, t0, steps, d, count, -CHUNK}.backward(checkpoint(s, batch, chunk, d));
         });
         auto reduce = [&](const REAL* lanes, void* out) {
             for (int64_t i = 0; i < s.states * steps; i += LANES) store(k.sums + i, sums(lanes + i * LANES));
@@ -640,10 +643,11 @@ struct ConvolutionTile {
     const int64_t width = WIDTH ? WIDTH : s.width, stride = padded(s.channels);
 
     // The columns of x, with the steps before t0 that the convolution sees and zeros before the first, and those of pre.
-    void convolve(int64_t t0, int64_t steps) const {
+    void convolve(int64_t t0, int64_t steps, int64_t ahead) const {
         const int64_t rows = width - 1 + steps, missing = std::max<int64_t>(0, width - 1 - t0);
         for (int64_t i = 0; i < channels; i += LANES) std::fill_n(k.x + i * rows, missing * LANES, REAL(0));
-        read(s, s.x, batch, t0 - (width - 1) + missing, rows - missing, d, channels, nullptr, k.x + missing * LANES, rows);
+        const int64_t first = t0 - (width - 1) + missing;
+        read(s, s.x, batch, first, t0 + steps - first, d, channels, nullptr, k.x + missing * LANES, rows, ahead);
         for (int64_t i = 0; i < channels; i += LANES) {
             const REAL *x = k.x + i * rows, *weight = k.weight + d + i;
             const V bias = load(k.bias + d + i);
@@ -661,7 +665,7 @@ struct ConvolutionTile {
     void forward() const {
         for (int64_t t0 = 0; t0 < s.length; t0 += CHUNK) {
             const int64_t steps = std::min(CHUNK, s.length - t0);
-            convolve(t0, steps);
+            convolve(t0, steps, CHUNK);
             for (int64_t i = 0; i < size(steps); i += 4 * LANES) {
                 const V4 pre = load4(k.pre + i);
                 store4(k.y + i, pre * sigmoid(pre));
@@ -674,8 +678,8 @@ struct ConvolutionTile {
         int64_t last_rows = 0;
         for (int64_t end = s.length; end > 0; end -= CHUNK) {
             const int64_t t0 = std::max<int64_t>(0, end - CHUNK), steps = end - t0, rows = width - 1 + steps;
-            convolve(t0, steps);
-            read(s, s.dy, batch, t0, steps, d, channels, nullptr, k.y, steps);
+            convolve(t0, steps, -CHUNK);
+            read(s, s.dy, batch, t0, steps, d, channels, nullptr, k.y, steps, -CHUNK);
             for (int64_t i = 0; i < size(steps); i += 4 * LANES) {
                 const V4 pre = load4(k.pre + i), gate = sigmoid(pre);
                 store4(k.pre + i, load4(k.y + i) * gate * (pre * (REAL(1) - gate) + REAL(1)));
@@ -702,7 +706,8 @@ struct ConvolutionTile {
             dbias += load(dpre + t * LANES);
             V sum{};
             UNROLL
-            for (int64_t j = 0; j < width; ++j) sum += load(weight + (width - 1 - j) * stride) * load(dpre + (t + j) * LANES);
+            for (int64_t j = 0; j < width; ++j)
+                sum += load(weight + (width - 1 - j) * stride) * load(dpre + (t + j) * LANES);
             store(dx + t * LANES, sum);
         }
         store(k.dbias + d + i, dbias);
