@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -149,10 +149,15 @@ class MambaPKD(nn.Module):
             in_dim = dim
 
         self.norm = LayerNorm2d(in_dim, eps=1e-5, **dd)
-        self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.num_features = in_dim
-        self.head_hidden_size = self.head.num_features
+        self._make_head(global_pool, **dd)
         self.init_weights()
+
+    def _make_head(self, pool_type: str, device: Any, dtype: torch.dtype | None) -> None:
+        self.head = ClassifierHead(
+            self.num_features, self.num_classes, pool_type, self.drop_rate, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def init_weights(self) -> None:
         """Reset every parameter and buffer, reproducibly from torch's seed."""
@@ -210,9 +215,11 @@ class MambaPKD(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_count("num_classes", num_classes, 0)
         self.num_classes = num_classes
-        dd: Any = get_device_dtype(self)
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
-        self.head_hidden_size = self.head.num_features
+        like: Any = next(self.parameters())
+        self._make_head(
+            self.head.global_pool.pool_type if global_pool is None else global_pool, like.device, like.dtype
+        )
+        self.head.train(self.training)
 
     def forward_intermediates(
         self,
