@@ -3,16 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+OLDEST := .venv-oldest
 DEMO := runs/demo
 
-.PHONY: help demo clean-demo test
+.PHONY: help demo clean-demo test test-oldest
 
 help:
 	@echo "make demo        train a teacher and its Mamba students on the digits, on the CPU"
 	@echo "make clean-demo  remove what the demo made"
 	@echo "make test        lint, types and tests"
+	@echo "make test-oldest the tests, with the oldest torch, timm and torchdistill that pyproject.toml allows"
 	@echo
-	@echo "Both first install the package into .venv. Variables, for example:"
+	@echo "They first install the package into .venv or .venv-oldest. Variables, for example:"
 	@echo "  make demo PYTHON=python3.12"
 	@echo "  make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   the small, CPU-only torch on Linux"
 
@@ -38,3 +40,13 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
+
+# Their lower bounds in pyproject.toml become pins.
+$(OLDEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	sed -En 's/^ *"(torch|timm|torchdistill)>=([0-9.]+)".*/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install $(addprefix --extra-index-url ,$(TORCH_INDEX_URL)) -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, load_weights, save_weights
@@ -217,10 +218,50 @@ def test_member_without_drop_paths():
             "unknown student 'mamba_s9'; ours are mamba_pkd_s1, .*mamba_pkd_s7",
         ),
         ({"img_size": 7}, "img_size must be at least 8"),
-        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
-        ({"num_classes": -1}, "num_classes must be 0 .* or more, got -1"),
+        ({"in_chans": 0}, "in_chans must be a whole number from 1 up, got 0"),
+        ({"num_classes": -1}, "num_classes must be a whole number from 1 up, got -1"),
     ],
 )
 def test_bad_arguments(argument, message):
     with pytest.raises(ValueError, match=message):
         make(**argument)
+
+
+def test_init_weights_is_complete_and_reproducible():
+    model = make(["mamba_pkd_s1"] * 3, combination="per_student")
+    model.connect(2, 1)
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model.init_weights()
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert all(tensor.isfinite().all() for tensor in states[0].values())
+    assert model.num_active == 3
+    assert model.weights is not None and model.weights[1].tolist() == [0.5, 0.5, 0]
+    assert not any(parameter.any() for parameter in model.reuse.parameters())
+
+
+def test_local_dir_round_trip_follows_later_changes(tmp_path):
+    """Class count, pooling, image size, combination, connections, and a student of timm."""
+    model = make(["mamba_pkd_s1", "mamba_pkd_s1", "test_resnet"], in_chans=1)
+    model.reset_classifier(3, "max")
+    model.set_input_size((20, 28))
+    model.set_combination("per_class")
+    model.connect(1, 1)
+    model.set_active(2)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    restored: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert restored.students[1].img_size == restored.img_size == (20, 28)
+    torch.testing.assert_close(restored.state_dict(), model.state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, 1, 20, 28)
+    torch.testing.assert_close(restored(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("combination", ["mean", "per_student", "per_class"])
+def test_fx(combination):
+    model = make(combination=combination)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))

@@ -179,19 +179,37 @@ def test_small_images_are_refused(size):
             function(torch.zeros(1, 3, *size))
 
 
+@pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_ensemble"])
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ({"img_size": 7}, "img_size must be at least 8 .*, got 7"),
         ({"img_size": (32, 0)}, r"img_size must be at least 8 .*, got \(32, 0\)"),
-        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
-        ({"num_classes": -1}, r"num_classes must be 0 \(no classifier\) or more, got -1"),
+        ({"img_size": (3, 32, 32)}, r"img_size must be a whole number or \(height, width\), got \(3, 32, 32\)"),
+        ({"img_size": 32.0}, r"img_size must be a whole number or \(height, width\), got 32.0"),
+        ({"img_size": "32"}, r"img_size must be a whole number or \(height, width\), got '32'"),
+        ({"in_chans": 0}, "in_chans must be a whole number from 1 up, got 0"),
+        ({"in_chans": 1.5}, "in_chans must be a whole number from 1 up, got 1.5"),
+        ({"num_classes": -1}, r"num_classes must be a whole number from [01].* up, got -1"),
+        ({"num_classes": "10"}, r"num_classes must be a whole number from [01].* up, got '10'"),
+        ({"drop_rate": 1.0}, "drop_rate must be from 0 to below 1, got 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be from 0 to below 1, got -0.1"),
+        ({"dtype": torch.int64}, "dtype must be torch.float32, .*, got torch.int64"),
+        ({"dtype": torch.complex64}, "dtype must be torch.float32, .*, got torch.complex64"),
+        ({"dtype": "float32"}, "dtype must be torch.float32, .*, got 'float32'"),
     ],
 )
-def test_bad_arguments(argument, message):
+def test_bad_arguments(name, argument, message):
     # timm itself refuses an img_size that is not positive, after the model has.
     with pytest.raises(ValueError, match=message):
-        make(**argument)
+        timm.create_model(name, **{"num_classes": 10, **argument})
+
+
+def test_bad_class_count_of_a_new_classifier():
+    models: list[Any] = [make(), timm.create_model("mamba_pkd_ensemble", students=["mamba_pkd_s1"])]
+    for model in models:
+        with pytest.raises(ValueError, match=r"num_classes must be a whole number from .* up, got -3"):
+            model.reset_classifier(-3)
 
 
 def test_bad_input_size():

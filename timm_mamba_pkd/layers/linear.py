@@ -12,18 +12,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     There PyTorch multiplies matrices with MKL, which on AMD's processors is slower than oneDNN, the library of its
     convolutions. In bfloat16 both are oneDNN's.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 - of such a block alone TorchScript compiles nothing
-        if _convolves(x, weight):
-            rows = x.reshape(x.shape[0], 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels-last
-            y = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-            return y.reshape(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)
-
-
-def _convolves(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
-        return False
-    return x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+    convolves = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+    if not torch.jit.is_scripting():
+        convolves = convolves and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"))
+    if not convolves:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(x.shape[0], 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels-last
+    y = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return y.reshape(list(x.shape[:-1]) + [weight.shape[0]])  # noqa: RUF005 - TorchScript has no unpacking
 
 
 class Linear(nn.Linear):

@@ -1,5 +1,7 @@
 """How an ensemble's prediction is made of its students' logits: the mean, or weights fitted on held-out data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,21 +30,19 @@ def uniform_weights(
     return rows if combination == "per_student" else rows[:, :, None].repeat(1, 1, num_classes)
 
 
-def combine(student_logits: Tensor, weights: Tensor | None) -> Tensor:
+def combine(student_logits: Tensor | Sequence[Tensor], weights: Tensor | None) -> Tensor:
     """Ensemble logits after each student, (k, B, C), from the students' own, (k, B, C).
 
     Args:
-        student_logits: of k students, in the order of evaluation.
+        student_logits: of k students, in the order of evaluation; one tensor or a sequence of (B, C).
         weights: None for the mean, or as `uniform_weights` makes them; the first k rows are used.
     """
     k = len(student_logits)
+    stacked = student_logits if isinstance(student_logits, Tensor) else torch.stack(tuple(student_logits))
     if weights is None:
-        counts = torch.arange(1, k + 1, device=student_logits.device, dtype=student_logits.dtype)
-        return student_logits.cumsum(0) / counts[:, None, None]
-    weights = weights[:k, :k].to(student_logits.dtype)
-    if weights.ndim == 2:
-        weights = weights[:, :, None]
-    return torch.einsum("ktc,tbc->kbc", weights.expand(k, k, student_logits.shape[-1]), student_logits)
+        return stacked.cumsum(0) / torch.ones_like(stacked[:, :1, :1]).cumsum(0)
+    equation = "kt,tbc->kbc" if weights.ndim == 2 else "ktc,tbc->kbc"
+    return torch.einsum(equation, weights[:k, :k].type_as(stacked), stacked)
 
 
 def fit_weights(student_logits: Tensor, targets: Tensor, per_class: bool, penalty: float = 0.1) -> Tensor:

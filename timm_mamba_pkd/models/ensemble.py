@@ -10,8 +10,9 @@ from timm.models import build_model_with_cfg, create_model, generate_default_cfg
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
-from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
+from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg, check_count, check_img_size
 from timm_mamba_pkd.models.reuse import Reuse, run_students
+from timm_mamba_pkd.models.state_dict import fit_state_dict
 
 __all__ = ["MambaPKDEnsemble"]
 
@@ -28,6 +29,7 @@ class MambaPKDEnsemble(nn.Module):
         students: names of ours or of any other timm models, in the order of evaluation; they may repeat.
         num_classes, in_chans: of every student.
         img_size: image size the students are made for, (height, width) or one number.
+        global_pool: of every student; None for each model's own.
         combination: 'mean' of the logits, or weights 'per_student' or 'per_class' (and student), which are those of
             the mean until they are fitted.
         drop_rate, drop_path_rate: of every student.
@@ -52,6 +54,7 @@ class MambaPKDEnsemble(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         img_size: int | tuple[int, int] = 32,
+        global_pool: str | None = None,
         combination: str = "mean",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -64,26 +67,54 @@ class MambaPKDEnsemble(nn.Module):
         unknown = [name for name in students if not is_model(name)]
         if unknown:
             raise ValueError(f"unknown student '{unknown[0]}'; ours are {', '.join(STUDENTS)}, or any timm model")
+        check_count("num_classes", num_classes, 1)
         self.names = tuple(students)
         self.num_classes = num_classes
+        self.num_classes_given = False
         self.in_chans = in_chans
+        self.global_pool = global_pool
         kwargs: dict[str, Any] = {
             "num_classes": num_classes,
             "in_chans": in_chans,
-            "drop_rate": drop_rate or None,  # None is not passed on: not every timm model has drop paths
+            "global_pool": global_pool,  # None is not passed on: not every timm model has each of these
+            "drop_rate": drop_rate or None,
             "drop_path_rate": drop_path_rate or None,
             "device": device,
             "dtype": dtype,
         }
         self.students: Any = nn.ModuleList(create_model(name, **kwargs) for name in students)
-        for student in self.students:
-            if hasattr(student, "set_input_size"):
-                student.set_input_size(img_size=img_size)
+        self.set_input_size(img_size)
         self.reuse = nn.ModuleDict()
         self.training_state: dict[str, Any] = {}
         self.register_buffer("active", torch.ones(len(self.students), dtype=torch.bool, device=device))
         self.register_buffer("weights", uniform_weights(len(self.students), num_classes, combination, device))
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
+
+    def init_weights(self) -> None:
+        """Reset every parameter and buffer, reproducibly from torch's seed: connections to zero, weights to the mean.
+
+        Raises:
+            AttributeError: a student is a timm model without ``init_weights``.
+        """
+        for student in self.students:
+            student.init_weights()
+        for parameter in self.reuse.parameters():
+            nn.init.zeros_(parameter)
+        self.active.fill_(True)
+        self.set_combination(self.combination)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Set the image size that the students are made for, where they are made for one."""
+        self.img_size = check_img_size(img_size)
+        self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # which timm saves with a model
+        for student in self.students:
+            if hasattr(student, "set_input_size"):
+                student.set_input_size(img_size=self.img_size)
+
+    @property
+    def num_features(self) -> int:
+        """Features that the students' classifiers see, of all students together."""
+        return sum(student.num_features for student in self.students)
 
     def set_active(self, students: int | Iterable[int]) -> None:
         """Let `forward` use the first ``students`` students, or those at these positions (from 0)."""
@@ -160,6 +191,21 @@ class MambaPKDEnsemble(nn.Module):
         assert mean is not None
         return {"weights": mean}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; where ``num_classes`` was given, weights of another class count leave the classifiers alone.
+
+        Raises:
+            RuntimeError: the state dict is of other students or class count; names the first keys that differ.
+        """
+        before = dict(self.reuse.items()), self.weights
+        found = {**state_dict, **self.adapt_to(state_dict)}
+        try:
+            fitting = fit_state_dict(self, found, strict, self.num_classes_given)
+        except RuntimeError:
+            self.reuse, self.weights = nn.ModuleDict(before[0]), before[1]
+            raise
+        return super().load_state_dict(fitting, strict, assign)
+
     def _connect_like(self, position: int, width: int) -> None:
         """Connect the student at ``position`` to as many earlier ones as give ``width`` channels in the first stage."""
         own = self.connections()[position]
@@ -193,7 +239,7 @@ class MambaPKDEnsemble(nn.Module):
         """Logits of each active student alone: (k, B, num_classes)."""
         return torch.stack(list(self.run(x)))
 
-    def combine(self, student_logits: Tensor) -> Tensor:
+    def combine(self, student_logits: Tensor | Sequence[Tensor]) -> Tensor:
         """Ensemble logits after each student, (k, B, num_classes), from the students' own, (k, B, num_classes).
 
         The weights are those of the first students: where others are active it is the mean.
@@ -206,17 +252,19 @@ class MambaPKDEnsemble(nn.Module):
         done: list[Tensor] = []
         for logits in self.run(x):
             done.append(logits)
-            yield len(done), self.combine(torch.stack(done))[-1]
+            yield len(done), self.combine(done)[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Ensemble logits (B, num_classes) after the active students, for images (B, in_chans, H, W)."""
-        return self.combine(self.student_logits(x))[-1]
+        return self.combine(list(self.run(x)))[-1]
 
     def get_classifier(self) -> nn.ModuleList:
         return nn.ModuleList(student.get_classifier() for student in self.students)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        check_count("num_classes", num_classes, 1)
         self.num_classes = num_classes
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         for student in self.students:
             student.reset_classifier(num_classes, global_pool)
         self.set_combination(self.combination)
@@ -254,7 +302,7 @@ class Students(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         connections = [own if isinstance(own, Reuse) else None for own in self.reuse]
-        logits = torch.stack(list(run_students(self.students, connections, x, self.positions)))
+        logits = list(run_students(self.students, connections, x, self.positions))
         return combine(logits, self.weights)[-1]
 
 
@@ -265,10 +313,19 @@ def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
         state_dict[prefix + name] = tensor
 
 
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Native weights, bare or under torchdistill's ``model`` key."""
+    return state_dict.get("model", state_dict)
+
+
 default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})
 
 
 @register_model
 def mamba_pkd_ensemble(pretrained: bool = False, **kwargs: Any) -> MambaPKDEnsemble:
     """Anytime ensemble of the students named by ``students`` (default: s1 to s7)."""
-    return build_model_with_cfg(MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, **kwargs)
+    model: Any = build_model_with_cfg(
+        MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
+    model.num_classes_given = "num_classes" in kwargs
+    return model

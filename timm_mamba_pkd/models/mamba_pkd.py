@@ -5,17 +5,20 @@ convolutional stem made for images of 28 to 64 pixels, inverted residuals on the
 blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype, to_2tuple
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_mamba_pkd.layers import Downsample, InvertedResidual, Mamba, MambaBlock
+from timm_mamba_pkd.models.state_dict import classifier_names, differences, fit_state_dict
 
 __all__ = ["MambaPKD"]
 
@@ -40,6 +43,9 @@ STUDENTS = {
     "mamba_pkd_s6": StudentCfg(dims=(48, 80, 120), depths=(2, 4, 4)),
     "mamba_pkd_s7": StudentCfg(dims=(44, 96, 144), depths=(2, 5, 4)),
 }
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Stem(nn.Module):
@@ -94,6 +100,9 @@ class MambaPKD(nn.Module):
         cfg: widths and depths.
         img_size: image size the model is made for, (height, width) or one number; other sizes work as well.
         in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: timm's meanings.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -110,14 +119,18 @@ class MambaPKD(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        check_count("in_chans", in_chans, 1)
+        check_count("num_classes", num_classes, 0)
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {rate!r}")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be {', '.join(map(str, DTYPES))}, got {dtype!r}")
         self.num_classes = num_classes
+        self.num_classes_given = False
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.set_input_size(img_size)
+        self.img_size = check_img_size(img_size)
 
         self.stem = Stem(in_chans, cfg.dims[0], **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
@@ -136,10 +149,15 @@ class MambaPKD(nn.Module):
             in_dim = dim
 
         self.norm = LayerNorm2d(in_dim, eps=1e-5, **dd)
-        self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.num_features = in_dim
-        self.head_hidden_size = self.head.num_features
+        self._make_head(global_pool, **dd)
         self.init_weights()
+
+    def _make_head(self, pool_type: str, device: Any, dtype: torch.dtype | None) -> None:
+        self.head = ClassifierHead(
+            self.num_features, self.num_classes, pool_type, self.drop_rate, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def init_weights(self) -> None:
         """Reset every parameter and buffer, reproducibly from torch's seed."""
@@ -160,10 +178,8 @@ class MambaPKD(nn.Module):
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the image size the model is made for; every size from 8 up works, none changes a parameter."""
-        size: Any = to_2tuple(img_size)
-        if min(size) < 8:
-            raise ValueError(f"img_size must be at least 8 (the network halves the grid three times), got {img_size}")
-        self.img_size = size
+        self.img_size = check_img_size(img_size)
+        self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # which timm saves with a model
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
@@ -197,10 +213,13 @@ class MambaPKD(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        check_count("num_classes", num_classes, 0)
         self.num_classes = num_classes
-        dd: Any = get_device_dtype(self)
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
-        self.head_hidden_size = self.head.num_features
+        like: Any = next(self.parameters())
+        self._make_head(
+            self.head.global_pool.pool_type if global_pool is None else global_pool, like.device, like.dtype
+        )
+        self.head.train(self.training)
 
     def forward_intermediates(
         self,
@@ -263,10 +282,50 @@ class MambaPKD(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; where ``num_classes`` was given, weights of another class count leave the classifier alone.
+
+        Raises:
+            RuntimeError: the state dict is of another architecture or class count; names the first keys that differ.
+        """
+        state_dict = fit_state_dict(self, state_dict, strict, self.num_classes_given)
+        return super().load_state_dict(state_dict, strict, assign)
+
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Native weights, bare or under torchdistill's ``model`` key."""
-    return state_dict.get("model", state_dict)
+    """Native weights, bare or under torchdistill's ``model`` key; timm adapts their input channels and class count.
+
+    Raises:
+        RuntimeError: they are of another architecture; names the first keys that differ.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    adapted = {"stem.conv.weight", *classifier_names(model)}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in adapted}
+    different = differences({name: tensor for name, tensor in state_dict.items() if name not in adapted}, wanted)
+    if different:
+        raise RuntimeError(f"the weights are of another architecture than this {type(model).__name__}: {different}")
+    return state_dict
+
+
+def check_img_size(img_size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of an image size.
+
+    Raises:
+        ValueError: it is no whole number or pair, or too small.
+    """
+    size: Any = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
+    if len(size) != 2 or not all(isinstance(side, Integral) for side in size):
+        raise ValueError(f"img_size must be a whole number or (height, width), got {img_size!r}")
+    if min(size) < 8:
+        raise ValueError(f"img_size must be at least 8 (the network halves the grid three times), got {img_size}")
+    return size
+
+
+def check_count(name: str, count: int, least: int) -> None:
+    """Raise a ValueError unless ``count`` is a whole number from ``least`` up."""
+    if not isinstance(count, Integral) or count < least:
+        zero = " (no classifier)" if least == 0 else ""
+        raise ValueError(f"{name} must be a whole number from {least}{zero} up, got {count!r}")
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
@@ -282,16 +341,19 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"{name}.untrained": cfg() for name in STUDENTS})
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> MambaPKD:
-    return build_model_with_cfg(
+def _create(variant: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any) -> MambaPKD:
+    model: Any = build_model_with_cfg(
         MambaPKD,
         variant,
         pretrained,
         model_cfg=STUDENTS[variant],
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True},
+        feature_cfg={"out_indices": (0, 1, 2), "flatten_sequential": True, **(feature_cfg or {})},
         **kwargs,
     )
+    if isinstance(model, MambaPKD):  # no features_only wrapper
+        model.num_classes_given = "num_classes" in kwargs
+    return model
 
 
 @register_model

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
+from timm_mamba_pkd.models.state_dict import differences
 
 
 class WeightsError(ValueError):
@@ -84,23 +85,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if isinstance(model, MambaPKDEnsemble):
         before = dict(model.reuse.items()), model.weights
         found |= model.adapt_to(found)
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    reshaped = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if missing or unexpected or reshaped:
+    different = differences(found, model.state_dict())
+    if different:
         if isinstance(model, MambaPKDEnsemble) and before is not None:
             model.reuse, model.weights = nn.ModuleDict(before[0]), before[1]
-        differences = [
-            f"{label} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for label, names in (("missing", missing), ("unexpected", unexpected), ("shape of", reshaped))
-            if names
-        ]
-        raise WeightsError(
-            f"weights file {path} is of another model than {type(model).__name__}: {'; '.join(differences)}"
-        )
+        raise WeightsError(f"weights file {path} is of another model than {type(model).__name__}: {different}")
     model.load_state_dict(found)

@@ -1,0 +1,156 @@
+"""Checkpoints of another architecture, class count or channel count, by every way that timm loads them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+from torch import Tensor
+
+from timm_mamba_pkd.models import save_weights
+
+S1, S2 = "mamba_pkd_s1", "mamba_pkd_s2"
+ENSEMBLE = {"model_name": "mamba_pkd_ensemble", "students": [S1, "test_resnet"]}
+
+
+def make(model_name: str = S1, **kwargs) -> Any:
+    return timm.create_model(model_name, **{"num_classes": 10, **kwargs})
+
+
+def checkpoint_path(path: Path, **kwargs) -> Any:
+    return make(**kwargs, checkpoint_path=str(path))
+
+
+def checkpoint_path_without_num_classes(path: Path, **kwargs) -> Any:
+    return checkpoint_path(path, **{**kwargs, "num_classes": None})
+
+
+def later(path: Path, **kwargs) -> Any:
+    model = make(**kwargs)
+    load_checkpoint(model, str(path))
+    return model
+
+
+def pretrained(path: Path, **kwargs) -> Any:
+    return make(**kwargs, pretrained=True, pretrained_cfg_overlay={"file": str(path), "num_classes": 10})
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def saved(tmp_path: Path, **kwargs) -> tuple[Path, dict[str, Tensor]]:
+    model = make(**kwargs)
+    save_weights(model, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors", model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("load", "of", "into", "message"),
+    [
+        (
+            checkpoint_path,
+            {"model_name": S2},
+            {},
+            "unexpected stages.2.blocks.1.local.bias, .*, ...; shape of stem",
+        ),
+        (later, {"model_name": S2}, {}, r"shape of stem.conv.weight \(16, 3, 3, 3\) instead of \(12, 3, 3, 3\), stem"),
+        (pretrained, {"model_name": S2}, {}, r"another architecture than this MambaPKD: unexpected stages.2.blocks.1"),
+        (pretrained, {"model_name": S2}, {"num_classes": 7}, "another architecture than this MambaPKD: unexpected"),
+        (
+            pretrained,
+            {"model_name": "test_resnet"},
+            {"num_classes": 7},
+            "architecture than this MambaPKD: missing",
+        ),
+        (checkpoint_path, {"in_chans": 1}, {}, r"in_chans=3: shape of stem.conv.weight \(12, 1, 3, 3\) instead of"),
+        (
+            checkpoint_path_without_num_classes,
+            {},
+            {},
+            r"num_classes=1000, in_chans=3: shape of head.fc.weight \(10, 32\) instead of \(1000, 32\), head.fc.bias "
+            r"\(10,\) instead of \(1000,\) \(create the model with the state dict's num_classes\)$",
+        ),
+        (checkpoint_path, {"num_classes": 5, "model_name": S2}, {}, "; shape of .*, ...$"),
+        (
+            checkpoint_path_without_num_classes,
+            ENSEMBLE,
+            ENSEMBLE,
+            r"this MambaPKDEnsemble with num_classes=1000, in_chans=3: shape of students.0.head.fc.weight \(10, 32\)",
+        ),
+        (
+            checkpoint_path,
+            {"model_name": S1},
+            ENSEMBLE,
+            r"MambaPKDEnsemble .*: missing active, .*; unexpected stages",
+        ),
+    ],
+)
+def test_another_model(tmp_path, load: Callable, of, into, message):
+    path, _ = saved(tmp_path, **of)
+    with pytest.raises(RuntimeError, match=message) as error:
+        load(path, **into)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("load", [checkpoint_path, later])
+@pytest.mark.parametrize("num_classes", [7, 1000, 0])
+def test_fine_tuning_to_another_class_count(tmp_path, caplog, load, num_classes):
+    path, state = saved(tmp_path)
+    torch.manual_seed(1)
+    fresh = make(num_classes=num_classes).state_dict()
+    torch.manual_seed(1)
+    model = load(path, num_classes=num_classes)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, (fresh if name.startswith("head") else state)[name], rtol=0, atol=0)
+    (record,) = [record for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
+    assert record.levelno == logging.WARNING
+    assert "The classifier starts anew" in record.message and "head.fc.weight" in record.message
+    assert model(torch.randn(2, 3, 9, 9)).shape == (2, num_classes or model.num_features)
+
+
+def test_fine_tuning_an_ensemble_to_another_class_count(tmp_path):
+    path, state = saved(tmp_path, **ENSEMBLE)
+    model = checkpoint_path(path, **ENSEMBLE, num_classes=7)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("head.fc.weight", "head.fc.bias", ".1.fc.weight", ".1.fc.bias")):
+            assert len(tensor) == 7
+        else:
+            torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
+def test_fine_tuning_to_other_channels_and_classes(tmp_path):
+    """timm's own way: as pretrained weights, whose file and class count the overlay names."""
+    path, state = saved(tmp_path)
+    model = pretrained(path, num_classes=7, in_chans=1)
+    torch.testing.assert_close(model.stem.conv.weight, state["stem.conv.weight"].sum(1, keepdim=True))
+    torch.testing.assert_close(model.norm.weight, state["norm.weight"], rtol=0, atol=0)
+
+
+def test_the_class_count_that_was_not_given_is_not_adapted(tmp_path):
+    """A forgotten ``num_classes`` is an error, not a new classifier of 1000 classes; neither loads anything."""
+    path, _ = saved(tmp_path)
+    model = make(num_classes=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="create the model with the state dict's num_classes"):
+        load_checkpoint(model, str(path))
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_not_strict(tmp_path):
+    """Names may be missing or unexpected then, as in torch."""
+    model, state = make(), make().state_dict()
+    del state["norm.weight"]
+    state["other"] = torch.zeros(1)
+    keys = model.load_state_dict(state, strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["norm.weight"], ["other"])
+    with pytest.raises(RuntimeError, match=r"missing norm.weight; unexpected other$"):
+        model.load_state_dict(state)
+    state["stem.conv.weight"] = torch.zeros(2)
+    with pytest.raises(RuntimeError, match=r"shape of stem.conv.weight \(2,\)"):
+        model.load_state_dict(state, strict=False)

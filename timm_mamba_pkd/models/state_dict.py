@@ -1,0 +1,66 @@
+"""Whether a state dict fits a model, said in one line where it does not."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+
+def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The first names and shapes in which ``found`` differs from ``wanted``; empty if there are none."""
+    kinds = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [str(name) for name in found if name not in wanted],
+        "shape of": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    return "; ".join(
+        f"{kind} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in kinds.items() if names
+    )
+
+
+def fit_state_dict(
+    model: Any, found: Mapping[str, Tensor], strict: bool = True, new_classifier: bool = False
+) -> Mapping[str, Tensor]:
+    """What ``model`` is to load of a state dict: all of it, or its features only.
+
+    Args:
+        model: with timm's ``get_classifier``, ``num_classes`` and ``in_chans``.
+        found: the state dict.
+        strict: as in ``load_state_dict``: no name may be missing or unexpected.
+        new_classifier: where only the class count differs, the model keeps its own classifier; a warning says so.
+
+    Raises:
+        RuntimeError: as ``load_state_dict``: the names or shapes differ; the message has the first ones.
+    """
+    wanted = model.state_dict()
+    compared = found if strict else wanted | {name: tensor for name, tensor in found.items() if name in wanted}
+    different = differences(compared, wanted)
+    if not different:
+        return found
+    names = classifier_names(model)
+    classifier = {name: tensor for name, tensor in wanted.items() if name in names}
+    fits_otherwise = not differences(_without(names, compared) | classifier, wanted)
+    if fits_otherwise and new_classifier:
+        _logger.warning("The classifier starts anew, the state dict is of another class count: %s", different)
+        return _without(names, found) | classifier
+    own = f"{type(model).__name__} with num_classes={model.num_classes}, in_chans={model.in_chans}"
+    advice = " (create the model with the state dict's num_classes)" if fits_otherwise else ""
+    raise RuntimeError(f"the state dict is of another model than this {own}: {different}{advice}")
+
+
+def classifier_names(model: Any) -> set[str]:
+    """The names of the parameters that the model's classifiers have, or would have if it had classes."""
+    classifiers = set(model.get_classifier().modules())
+    modules = [name for name, module in model.named_modules() if module in classifiers]
+    return {f"{name}.{parameter}" for name in modules for parameter in ("weight", "bias")}
+
+
+def _without(names: set[str], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state_dict.items() if name not in names}
