@@ -47,6 +47,12 @@ def test_flags_of_torchdistills_script():
         ["train", "--config", "a", "--seed", "-5"],
         ["train", "--config", "a", "--seed", str(2**32)],
         ["train", "--cfg", "a"],
+        ["export"],
+        ["export", "mamba_pkd_s1", "--format", "tflite"],
+        ["export", "mamba_pkd_s1", "--num-classes", "0"],
+        ["benchmark"],
+        ["benchmark", "mamba_pkd_s1", "--batch-size", "0"],
+        ["benchmark", "mamba_pkd_s1", "--img-size", "x"],
     ],
 )
 def test_bad_command_lines(words, capsys):
@@ -66,6 +72,8 @@ def test_bad_command_lines(words, capsys):
         (["train", "--config", "a", "-test_only"], "run_evaluate"),
         (["evaluate", "--config", "a"], "run_evaluate"),
         (["report", "a"], "run_report"),
+        (["export", "a"], "run_export"),
+        (["benchmark", "a"], "run_benchmark"),
     ],
 )
 def test_actions_and_exit_codes(words, action, monkeypatch, capsys):

@@ -1,10 +1,11 @@
-"""The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``expand``, ``doctor``."""
+"""The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``export`` and others."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from timm_mamba_pkd import runner
+from timm_mamba_pkd.deploy import FORMATS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,30 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print a run's table and draw its plots again")
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
+    sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
+    sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
+    export = commands.add_parser(
+        "export", parents=[sizes], help="write a model as ONNX, PT2, ExecuTorch or a Hugging Face folder, checked"
+    )
+    export.add_argument("model", help="timm model name, or folder of a run")
+    export.add_argument(
+        "--format", nargs="+", choices=[*FORMATS, "hf"], default=["onnx", "pt2"], help="(default: onnx pt2)"
+    )
+    export.add_argument("--students", type=int, metavar="K", help="the ensemble after K students (default: all)")
+    export.add_argument("--checkpoint", help="weights (default: those in the run's folder)")
+    export.add_argument("--config", help="yaml file path: sizes, and data to check on (default: the run's own config)")
+    export.add_argument("--int8", action="store_true", help="write the ONNX file with int8 weights as well")
+    export.add_argument("--output", help="folder to write to (default: export in the run's, or in runs/<model>)")
+    export.set_defaults(action=runner.run_export)
+    benchmark = commands.add_parser("benchmark", parents=[sizes], help="what models cost, side by side")
+    benchmark.add_argument("models", nargs="+", metavar="model", help="timm model names")
+    benchmark.add_argument("-b", "--batch-size", type=positive, metavar="N", default=256, help="(default: 256)")
+    benchmark.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
+    benchmark.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    benchmark.add_argument("--results-file", help="CSV file to write, in the columns of timm's benchmark.py")
+    benchmark.set_defaults(action=runner.run_benchmark)
     doctor = commands.add_parser("doctor", help="say which versions and scan backends are at hand, and why others not")
     doctor.set_defaults(action=runner.run_doctor)
     return parser
@@ -50,6 +75,14 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and {2**32 - 1}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
 
 

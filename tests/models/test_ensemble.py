@@ -150,6 +150,17 @@ def test_weights_go_onto_a_model_made_on_the_meta_device(ensemble, x):
     torch.testing.assert_close(model(x), ensemble(x), rtol=0, atol=0)
 
 
+def test_active_students_come_with_the_state_dict_and_need_no_values():
+    model, other = make(), make(device="meta")
+    model.set_active([0, 2])
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert other.active_positions == copy.deepcopy(other).active_positions == [0, 2]
+    blank = make(device="meta")
+    blank.set_active(2)
+    assert blank(torch.empty(1, 3, 32, 32, device="meta")).shape == (1, 5)
+    assert not blank.first(1).training and blank.train().first(1).training
+
+
 def test_registry():
     assert timm.list_models(module="ensemble") == ["mamba_pkd_ensemble"]
     cfg: Any = make(device="meta").default_cfg

@@ -198,6 +198,24 @@ def test_jit_trace(exportable):
         torch.testing.assert_close(trace(x), model(x))
 
 
+@pytest.mark.parametrize(("combination", "connected"), [("mean", False), ("per_class", True)])
+def test_ensemble_export(combination, connected):
+    """As a whole, with some students active, and after k students."""
+    students = ["mamba_pkd_s1", "mamba_pkd_s1", "mamba_pkd_s2"]
+    ensemble = make("mamba_pkd_ensemble", students=students, combination=combination).eval()
+    if ensemble.weights is not None:
+        ensemble.weights.uniform_()
+    if connected:
+        ensemble.connect(1, 1)
+        nn.init.normal_(ensemble.reuse["1"].projections[0].weight)
+    ensemble.set_active([0, 2])
+    for model in (ensemble, ensemble.first(2)):
+        program = torch.export.export(model, (images(2),), dynamic_shapes=DYNAMIC_BATCH)
+        for count in (1, 7):
+            x = images(count)
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
 @TWO_STUDENTS
 def test_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")

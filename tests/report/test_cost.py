@@ -1,5 +1,6 @@
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_mamba_pkd.report import count_macs, count_params, measure_latency
+from timm_mamba_pkd.report import count_macs, count_params, measure_latency, measure_peak_memory
 
 
 def resnet18_for_32_pixels() -> nn.Module:
@@ -213,3 +214,30 @@ def test_cuda_counts_the_same_and_latency_moves_a_copy():
     assert measure_latency(model, (3, 32, 32), "cuda") > 0
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     assert count_macs(LooksAtValues(model.cuda()), (3, 32, 32)) == macs
+
+
+@pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_s3"])
+def test_exportable_models_count_like_others(name):
+    usual, exportable = (timm.create_model(name, exportable=flag) for flag in (False, True))
+    assert count_macs(exportable, (3, 32, 32)) == count_macs(usual, (3, 32, 32))
+    mixer: Any = exportable.get_submodule("stages.1.blocks.0.mixer")
+    assert mixer.backend == "exportable"
+
+
+class Adds(nn.Module):
+    """Takes images of n bytes: n for the images, n for the sum, 2 n for the concatenation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + 1
+        z = torch.cat([y, y])
+        del y
+        return z.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_peak_memory(dtype):
+    images = torch.zeros(4, 1, 64, 64, dtype=dtype)
+    assert measure_peak_memory(Adds(), images, "cpu") == pytest.approx(4 * images.nbytes, rel=0.01)
+    weights = nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 100, dtype=dtype))
+    extra = 100 * (64 * 64 + 1 + 4) * images.element_size()  # weight, bias, output
+    assert measure_peak_memory(weights, images, "cpu") == pytest.approx(images.nbytes + extra, rel=0.01)

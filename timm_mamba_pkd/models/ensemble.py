@@ -37,7 +37,7 @@ class MambaPKDEnsemble(nn.Module):
 
     Attributes:
         students: the students, evaluated in this order.
-        active: bool buffer (N,), which students `forward` uses; part of the state dict.
+        active: bool buffer (N,), which students `forward` uses; part of the state dict. Change it by `set_active`.
         weights: float32 buffer, see `uniform_weights`; None for the mean. Part of the state dict.
         training_state: what a schedule hands on from stage to stage; no part of the state dict.
         reuse: the connections of students that reuse the features of earlier ones, by position from 0.
@@ -87,8 +87,10 @@ class MambaPKDEnsemble(nn.Module):
         self.reuse = nn.ModuleDict()
         self.training_state: dict[str, Any] = {}
         self.register_buffer("active", torch.ones(len(self.students), dtype=torch.bool, device=device))
+        self._positions = list(range(len(self.students)))  # of the active ones: a graph must not look into the buffer
         self.register_buffer("weights", uniform_weights(len(self.students), num_classes, combination, device))
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
+        self.register_load_state_dict_post_hook(_read_active)
 
     def init_weights(self) -> None:
         """Reset every parameter and buffer, reproducibly from torch's seed: connections to zero, weights to the mean.
@@ -100,7 +102,7 @@ class MambaPKDEnsemble(nn.Module):
             student.init_weights()
         for parameter in self.reuse.parameters():
             nn.init.zeros_(parameter)
-        self.active.fill_(True)
+        self.set_active(len(self.students))
         self.set_combination(self.combination)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
@@ -124,18 +126,19 @@ class MambaPKDEnsemble(nn.Module):
         positions = range(students) if isinstance(students, int) else sorted(set(students))
         if not positions or not 0 <= positions[0] <= positions[-1] < count:
             raise ValueError(f"active students must be positions from 0 to {count - 1}, got {students}")
+        self._positions = list(positions)
         self.active.fill_(False)
-        self.active[list(positions)] = True
+        self.active[self._positions] = True
 
     @property
     def active_positions(self) -> list[int]:
         """Positions (from 0) of the active students."""
-        return self.active.nonzero()[:, 0].tolist()
+        return list(self._positions)
 
     @property
     def num_active(self) -> int:
         """How many students `forward` uses."""
-        return int(self.active.sum())
+        return len(self._positions)
 
     @property
     def combination(self) -> str:
@@ -299,6 +302,7 @@ class Students(nn.Module):
         self.students = ensemble.students[:count]
         self.reuse = nn.ModuleList(own or nn.Identity() for own in ensemble.connections()[:count])
         self.register_buffer("weights", ensemble.weights if len(self.positions) == count else None)
+        self.training = ensemble.training
 
     def forward(self, x: Tensor) -> Tensor:
         connections = [own if isinstance(own, Reuse) else None for own in self.reuse]
@@ -316,6 +320,12 @@ def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Native weights, bare or under torchdistill's ``model`` key."""
     return state_dict.get("model", state_dict)
+
+
+def _read_active(module: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(module, MambaPKDEnsemble)
+    if not module.active.is_meta:
+        module._positions = module.active.nonzero()[:, 0].tolist()
 
 
 default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})

@@ -1,6 +1,6 @@
 """Reports: what a model costs, tables of results, and plots."""
 
-from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency
+from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.report.folder import write_report
 from timm_mamba_pkd.report.metrics import read_metrics
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
@@ -12,6 +12,8 @@ __all__ = [
     "count_macs",
     "count_params",
     "measure_latency",
+    "measure_peak_memory",
+    "median_time",
     "plot_accuracy_against_macs",
     "plot_curves",
     "read_csv",

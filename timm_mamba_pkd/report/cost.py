@@ -13,13 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_mamba_pkd.layers import Mamba
+
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Count the multiply-accumulates of one image through `model` in eval mode.
 
     One multiply-accumulate (MAC) is two of the FLOPs that `torch.utils.flop_counter.FlopCounterMode` counts. It counts
     convolutions, matrix products, attention and every operator with a registered formula, which the selective scan of
-    `timm_mamba_pkd.ops` is (but not in a model made in timm's exportable mode); it ignores elementwise work,
+    `timm_mamba_pkd.ops` is; a mixer made in timm's exportable mode counts as any other. It ignores elementwise work,
     normalisation, pooling, and operators without a formula such as LSTMs.
 
     The count is made on a copy without hooks: on the meta device, or where the model cannot run there (it looks at the
@@ -82,11 +84,49 @@ def measure_latency(
             torch.cuda.synchronize(device)
 
     with torch.inference_mode():
-        _time_runs(run, least=2, most=10, seconds=0.3)
-        return 1000 * statistics.median(_time_runs(run, least=5, most=repeats, seconds=1.0))
+        return median_time(run, repeats)
 
 
-def _time_runs(run: Callable[[], None], least: int, most: int, seconds: float) -> list[float]:
+def median_time(run: Callable[[], object], repeats: int = 50) -> float:
+    """Median milliseconds of a call of `run`, after a warm-up; as often as `measure_latency`."""
+    _time_runs(run, least=2, most=10, seconds=0.3)
+    return 1000 * statistics.median(_time_runs(run, least=5, most=repeats, seconds=1.0))
+
+
+def measure_peak_memory(model: nn.Module, images: Tensor, device: torch.device | str) -> int:
+    """Measure the most bytes that PyTorch holds during a forward pass of `images`, model and images included.
+
+    In eval mode under `inference_mode`, on a copy without hooks. It is what PyTorch's allocators give out: without
+    the process itself, and without what libraries take on their own.
+
+    Args:
+        model: takes `images`.
+        images: (B, C, H, W).
+        device: where to measure.
+    """
+    device = torch.device(device)
+    runner = _copy_for_eval(model, device)
+    images = images.to(device)
+    with torch.inference_mode():
+        runner(images)  # what is made once, such as kernels, is there
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            runner(images)
+            return torch.cuda.max_memory_allocated(device)
+        profile: Any = torch.autograd.profiler.profile(profile_memory=True)
+        with profile:
+            runner(images)
+    held = peak = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    tensors = {id(tensor): tensor for tensor in (*runner.parameters(), *runner.buffers(), images)}
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _time_runs(run: Callable[[], object], least: int, most: int, seconds: float) -> list[float]:
     """Time `run` in seconds, `most` times or until `seconds` have passed, but at least `least` times."""
     times: list[float] = []
     while len(times) < least or (len(times) < most and sum(times) < seconds):
@@ -98,6 +138,9 @@ def _time_runs(run: Callable[[], None], least: int, most: int, seconds: float) -
 
 def _count_macs_on(model: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> int:
     runner = _copy_for_eval(model, device)
+    for module in runner.modules():
+        if isinstance(module, Mamba) and module.backend == "exportable":
+            module.backend = "auto"
     image = _blank_image(model, input_size, device)
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's one operator on CPU has no FLOP formula

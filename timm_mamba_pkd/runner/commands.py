@@ -17,12 +17,13 @@ from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
-from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native, resolve
+from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
 from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.errors import ConfigError, first_line
+from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
@@ -153,16 +154,8 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device} cannot be used: {first_line(error)}") from error
+    device = find_device(args.device)
     _keep_freed_memory()
-    try:
-        resolve("auto", device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
     job = prepare(args.config, device)

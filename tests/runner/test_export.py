@@ -1,0 +1,166 @@
+"""``mamba-pkd export``: its files compute what the model does, its lines say so, and its errors come first."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from timm_mamba_pkd.cli import main
+from timm_mamba_pkd.deploy import FORMATS
+from timm_mamba_pkd.models import load_weights, save_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+NEEDS_ONNX = pytest.mark.skipif(bool(FORMATS["onnx"].missing()), reason="ONNX's packages are not installed")
+SMALL = ["--in-chans", "1", "--num-classes", "3", "--img-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def no_stopwatch(monkeypatch):
+    monkeypatch.setattr("timm_mamba_pkd.runner.export.median_time", lambda run, repeats: 1.0)
+
+
+def trained(path: Path, **kwargs) -> Any:
+    """A student with weights that give large logits, and the file of these weights."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model("mamba_pkd_s1", **{"num_classes": 3, "in_chans": 1, "img_size": 8, **kwargs})
+    nn.init.normal_(model.head.fc.weight)
+    save_weights(model, path)
+    return model.eval()
+
+
+@NEEDS_ONNX
+def test_run_folder(progressive, run, capsys):
+    """Files of the ensemble after one student, with int8 weights, too, and a folder of the whole one."""
+    code, folder = run(progressive)
+    assert code == 0
+    capsys.readouterr()
+    assert main(["export", str(folder), "--students", "1", "--int8"]) == 0
+    out = capsys.readouterr().out
+    number = r"\d\.\de-\d\d"
+    same = rf"largest difference {number} \(random\), {number} \(test images\)  1 ms an image"
+    size = r"[\d.]+ [kM]B"
+    top1 = r"top-1 \d+\.\d\d instead of \d+\.\d\d %"
+    line = [rf"{re.escape(str(folder))}/export/ensemble_1{end}" for end in (r"\.onnx", r"\.int8\.onnx", r"\.pt2")]
+    expected = [r"ensemble_1: 1 ms an image in eager PyTorch, \d+ CPU threads"]
+    expected += [f"{line[0]}  {size}  {same}", f"{line[1]}  {size}  {same}  {top1}", f"{line[2]}  {size}  {same}"]
+    assert re.fullmatch("\n".join(expected) + "\n", out), out
+    assert sorted(path.name for path in (folder / "export").iterdir()) == [
+        "ensemble_1.int8.onnx", "ensemble_1.onnx", "ensemble_1.pt2",
+    ]  # fmt: skip
+
+    students = ["mamba_pkd_s1", "mamba_pkd_s2"]
+    kwargs: Any = {"students": students, "num_classes": 3, "in_chans": 1, "img_size": 8}
+    ensemble: Any = timm.create_model("mamba_pkd_ensemble", **kwargs).eval()
+    load_weights(ensemble, folder / "weights" / "ensemble.safetensors")
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        for kind in ("onnx", "pt2"):
+            path = folder / "export" / f"ensemble_1{FORMATS[kind].suffix}"
+            torch.testing.assert_close(FORMATS[kind].open(path)(x), ensemble.first(1)(x), rtol=1e-4, atol=1e-5)
+
+        assert main(["export", str(folder), "--format", "hf"]) == 0
+        loaded = timm.create_model(f"local-dir:{folder}/export/ensemble_2", pretrained=True).eval()
+        assert torch.equal(loaded(x), ensemble(x))
+    assert resolve_data_config(model=loaded)["mean"] == [0.0]  # the transforms end with ToTensor
+    card = (folder / "export" / "ensemble_2" / "README.md").read_text()
+    assert (folder / "results.md").read_text().strip() in card
+    assert (folder / "config.yaml").read_text().strip() in card
+    assert "- `fake/test`: 21 images of `torchvision.datasets.fakedata.FakeData`" in card
+
+
+def test_named_model(tmp_path, capsys, monkeypatch):
+    """Weights of a file, on the digits; then from the folder that it left, and in the default one."""
+    monkeypatch.chdir(tmp_path)
+    model = trained(tmp_path / "weights.safetensors")
+    words = ["export", "mamba_pkd_s1", "--checkpoint", "weights.safetensors", *SMALL]
+    assert main([*words, "--format", "hf", "--output", "out"]) == 0
+    assert re.search(r"\nout/mamba_pkd_s1  .* 0.0e\+00 \(digits\)\n", capsys.readouterr().out)
+    assert main(["export", "local-dir:out/mamba_pkd_s1", "--format", "pt2"]) == 0
+    run = FORMATS["pt2"].open(tmp_path / "runs" / "mamba_pkd_s1" / "export" / "mamba_pkd_s1.pt2")
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys):
+    trained(tmp_path / "weights.safetensors")
+    words = ["export", "mamba_pkd_s1", "--checkpoint", str(tmp_path / "weights.safetensors"), "--format", "hf"]
+    assert main([*words, "--config", str(write(plain)), "--output", str(tmp_path / "out")]) == 0
+    assert "(test images)" in capsys.readouterr().out
+
+
+def test_random_weights_are_said_to_be_random(tmp_path, caplog):
+    assert main(["export", "mamba_pkd_s1", "--format", "hf", "--output", str(tmp_path / "out"), *SMALL]) == 0
+    assert "mamba_pkd_s1 is exported with random weights" in caplog.text
+
+
+def test_a_file_that_computes_something_else_is_not_left(tmp_path, capsys, monkeypatch):
+    wrong = FORMATS["pt2"]._replace(
+        write=lambda model, images, path: path.touch(), open=lambda path: lambda x: torch.full((len(x), 3), torch.nan)
+    )
+    monkeypatch.setitem(FORMATS, "pt2", wrong)
+    assert main(["export", "mamba_pkd_s1", "--format", "pt2", "--output", str(tmp_path / "out"), *SMALL]) == 2
+    assert "mamba_pkd_s1 differs from eager PyTorch by nan on random: not written" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_packages(capsys, monkeypatch):
+    monkeypatch.setattr("timm_mamba_pkd.deploy.formats.find_spec", lambda name: None)
+    for kind, wanted in (
+        ("onnx", "onnx, onnxscript, onnxruntime: pip install 'timm_mamba_pkd[onnx]'"),
+        ("executorch", "executorch: pip install executorch"),
+    ):
+        assert main(["export", "mamba_pkd_s1", "--format", kind]) == 2
+        assert capsys.readouterr().err == f"mamba-pkd: error: --format {kind} needs {wanted}\n"
+
+
+BAD = {
+    "mamba_pkd_s8": "unknown model 'mamba_pkd_s8'; known: mamba_pkd_s7, ",
+    "nowhere/run": "nowhere/run is neither a model of timm nor the folder of a run (no config.yaml in it)",
+    "empty": "empty is neither a model of timm nor the folder of a run (no config.yaml in it)",
+    "local-dir:empty": "model local-dir:empty cannot be created: ",
+    "mamba_pkd_s1 --img-size 7": "model mamba_pkd_s1 cannot be created: img_size must be at least 8",
+    "mamba_pkd_s1 --students 1": "--students is for ensembles, and mamba_pkd_s1 is none",
+    "mamba_pkd_ensemble --students 0": "--students must be from 1 to 7, got 0",
+    "mamba_pkd_ensemble --students 8": "--students must be from 1 to 7, got 8",
+    "mamba_pkd_s1 --checkpoint nowhere.pt": "weights file nowhere.pt does not exist",
+    "mamba_pkd_s1 --checkpoint five.safetensors": "weights file five.safetensors is of another model than MambaPKD: "
+    "shape of head.fc.weight (5, 32) instead of (1000, 32)",
+    "mamba_pkd_s1 --config nowhere.yaml": "config nowhere.yaml cannot be read: No such file or directory",
+    "mamba_pkd_s1 --config a.yaml --img-size 8": "--img-size is that of --config a.yaml: leave it out",
+    "mamba_pkd_s1 --int8": "--int8 is for ONNX: add onnx to --format",
+    "mamba_pkd_s1 --output file": "folder file cannot be written: File exists",
+    "mamba_pkd_s1 --output out": "out/mamba_pkd_s1.pt2 exists already: choose another --output, or move it away",
+    "run --num-classes 3": "--num-classes is that of the run in run: leave it out",
+    "run --config a.yaml": "--config is that of the run in run: leave it out",
+    "run": "weights file run/weights/model.safetensors does not exist",
+    "run --format hf --checkpoint three.safetensors": "the run in run has not finished: test it with",
+}
+
+
+def test_bad_input(plain, write, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "run", "out"):
+        Path(folder).mkdir()
+    write(plain, "run/config.yaml")
+    trained(Path("three.safetensors"))
+    trained(Path("five.safetensors"), num_classes=5, in_chans=3)
+    Path("out/mamba_pkd_s1.pt2").touch()
+    Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for words, message in BAD.items():
+        kind = [] if "--format" in words else ["--format", "pt2"]
+        assert main(["export", *words.split(), *kind]) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"mamba-pkd: error: {message}"), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@NEEDS_ONNX
+def test_int8_needs_labels(capsys):
+    assert main(["export", "mamba_pkd_s1", "--int8"]) == 2
+    assert "--int8 measures the accuracy on labelled data: name a config" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Folders in the layout of the Hugging Face hub: config.json, model.safetensors and README.md, the model card."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import ModelCardData
+from timm.models import save_for_hf
+
+from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.report import count_macs, count_params
+
+
+def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]) -> MambaPKDEnsemble:
+    """An ensemble of the first ``k`` students of ``ensemble`` alone, with copies of their weights."""
+    state = {}
+    for name, tensor in ensemble.state_dict().items():
+        student = re.match(r"(?:students|reuse)\.(\d+)\.", name)
+        if student is None or int(student[1]) < k:
+            state[name] = tensor[:k, :k] if name == "weights" else tensor
+    state["active"] = torch.ones(k, dtype=torch.bool)
+    smaller: Any = timm.create_model(
+        "mamba_pkd_ensemble",
+        students=list(ensemble.names[:k]),
+        num_classes=ensemble.num_classes,
+        in_chans=ensemble.in_chans,
+        img_size=img_size,
+        combination=ensemble.combination,
+    )
+    smaller.load_state_dict(state)
+    return smaller.train(ensemble.training)
+
+
+def write_hub_folder(
+    model: Any,
+    folder: Path,
+    input_size: tuple[int, int, int],
+    data_config: Mapping[str, Any] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``model`` by `timm.models.save_for_hf`, with safetensors alone, and a model card next to it.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the folder, and ``hf upload REPO FOLDER`` puts it
+    on the hub.
+
+    Args:
+        model: made by `timm.create_model`.
+        folder: made when missing; its name is that of the model on the card.
+        input_size: (C, H, W) of an image.
+        data_config: timm's (``mean``, ``std``, ...), what the images are brought to before they enter the model.
+        sections: of the card, Markdown by heading.
+    """
+    data = {"input_size": input_size, **(data_config or {})}
+    save_for_hf(model, str(folder), safe_serialization=True, data_config=data)
+    card = _card(model, folder.name, input_size, sections or {})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card(model: Any, name: str, input_size: tuple[int, int, int], sections: Mapping[str, str]) -> str:
+    data = ModelCardData(
+        license=model.pretrained_cfg.get("license") or "other",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm"],
+    )
+    shape = "x".join(map(str, input_size))
+    architecture = model.pretrained_cfg["architecture"]
+    students = f" of {', '.join(model.names)}" if isinstance(model, MambaPKDEnsemble) else ""
+    usage = (
+        "```python\n"
+        "import timm  # after: pip install timm_mamba_pkd\n\n"
+        f'model = timm.create_model("hf-hub:OWNER/{name}", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n```"
+    )
+    parts = {
+        "Model": (
+            f"- architecture: `{architecture}`{students}\n"
+            f"- classes: {model.num_classes}\n"
+            f"- parameters: {count_params(model):,}\n"
+            f"- multiply-accumulates of one image: {count_macs(model, input_size):,}\n"
+            f"- image: {shape} (channels, height, width)"
+        ),
+        "Usage": usage,
+        **sections,
+    }
+    text = "".join(f"\n## {heading}\n\n{body}\n" for heading, body in parts.items())
+    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n{text}"

@@ -1,0 +1,309 @@
+"""``mamba-pkd export``: files for other runtimes and folders for the hub, each compared with eager PyTorch."""
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import set_exportable
+from timm.models import is_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms
+
+from timm_mamba_pkd.datasets import Digits
+from timm_mamba_pkd.deploy import FORMATS, first_students, quantize_onnx, write_hub_folder
+from timm_mamba_pkd.distillation import build_model
+from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.report import median_time
+from timm_mamba_pkd.runner.check import size
+from timm_mamba_pkd.runner.config import Job, prepare
+from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.errors import ConfigError, first_line
+from timm_mamba_pkd.runner.evaluate import evaluate
+from timm_mamba_pkd.runner.named import create_named
+from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+
+logger = logging.getLogger(__name__)
+
+BATCHES = (1, 7)
+TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Subject:
+    """What is exported.
+
+    Attributes:
+        name: of the files.
+        whole: the model as it was created; an ensemble with all its students.
+        eager: the same, or the ensemble's first students; in eval mode.
+        exportable: like ``eager``, with the same weights, made in timm's exportable mode.
+        input_size: (C, H, W) of an image.
+        job: what the run's config, or that of ``--config``, stands for.
+        run: the folder of the run that the model is of.
+    """
+
+    name: str
+    whole: Any
+    eager: nn.Module
+    exportable: nn.Module
+    input_size: tuple[int, int, int]
+    job: Job | None
+    run: RunFolder | None
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """``mamba-pkd export``: what is wrong with the command is said before the first file is made."""
+    kinds = list(dict.fromkeys(args.format))
+    _require_packages(kinds, args.int8)
+    subject = _find(args)
+    if args.int8 and subject.job is None:
+        raise ConfigError("--int8 measures the accuracy on labelled data: name a config that has them by --config")
+    if "hf" in kinds and not hasattr(subject.whole, "pretrained_cfg"):
+        raise ConfigError(f"--format hf takes models of timm, and {subject.name} is none")
+    card = _card(subject) if "hf" in kinds else {}
+    run = subject.run or RunFolder(Path("runs") / subject.name)
+    folder = Path(args.output).expanduser() if args.output else run.path / "export"
+    paths = {kind: folder / (subject.name + (FORMATS[kind].suffix if kind in FORMATS else "")) for kind in kinds}
+    int8 = folder / f"{subject.name}.int8.onnx"
+    for path in [*paths.values(), *([int8] if args.int8 else [])]:
+        if path.exists():
+            raise ConfigError(f"{path} exists already: choose another --output, or move it away")
+    make_folder(folder)
+
+    images = _images(subject)
+    with torch.inference_mode():
+        eager_time = median_time(lambda: subject.eager(images["random"][:1]), repeats=200)
+    print(f"{subject.name}: {eager_time:.3g} ms an image in eager PyTorch, {torch.get_num_threads()} CPU threads")
+    for kind, path in paths.items():
+        if kind == "hf":
+            _export_to_hub(subject, path, images, card)
+        else:
+            _export(subject, kind, path, images)
+        if kind == "onnx" and args.int8:
+            _export_int8(subject, path, int8, images)
+
+
+def _require_packages(kinds: list[str], int8: bool) -> None:
+    for kind in kinds:
+        missing = FORMATS[kind].missing() if kind in FORMATS else []
+        if missing:
+            raise ConfigError(f"--format {kind} needs {', '.join(missing)}: pip install {FORMATS[kind].install}")
+    if int8 and "onnx" not in kinds:
+        raise ConfigError("--int8 is for ONNX: add onnx to --format")
+
+
+def _find(args: argparse.Namespace) -> Subject:
+    """The model that the command names, a folder or a name in timm, with the weights it names."""
+    cpu = find_device("cpu")
+    path = Path(args.model).expanduser()
+    if ":" not in args.model and not is_model(args.model) and (path.is_dir() or "/" in args.model):
+        return _find_in_run(args, RunFolder(path), cpu)
+    sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans, "img_size": args.img_size}
+    job = None
+    if args.config is not None:
+        _refuse_sizes(args, f"--config {args.config}")
+        job = prepare(args.config, cpu)
+        sizes = {"num_classes": job.num_classes, "in_chans": job.input_size[0], "img_size": job.input_size[1:]}
+    whole, input_size = create_named(args.model, **sizes)
+    exportable, _ = create_named(args.model, **sizes, exportable=True)
+    if args.checkpoint is not None:
+        _load(whole, Path(args.checkpoint))
+    elif ":" not in args.model:
+        logger.warning("%s is exported with random weights: name trained ones by --checkpoint", args.model)
+    exportable.load_state_dict(whole.state_dict())
+    name = Path(args.model.partition(":")[2] or args.model).name
+    return _subject(args, name, whole, exportable, input_size, job, None)
+
+
+def _find_in_run(args: argparse.Namespace, run: RunFolder, cpu: torch.device) -> Subject:
+    if not run.config.is_file():
+        raise ConfigError(f"{args.model} is neither a model of timm nor the folder of a run (no config.yaml in it)")
+    if args.config is not None:
+        raise ConfigError(f"--config is that of the run in {args.model}: leave it out")
+    _refuse_sizes(args, f"the run in {args.model}")
+    job = prepare(run.config, cpu)
+    with set_exportable(True):
+        exportable = build_model(job.student_config)
+    ensemble = isinstance(job.student, MambaPKDEnsemble)
+    _load(job.student, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
+    exportable.load_state_dict(job.student.state_dict())
+    kwargs = job.student_config.get("kwargs") or {}
+    name = str(kwargs.get("model_name", job.student_config["key"]))
+    return _subject(args, name, job.student.eval(), exportable.eval(), job.input_size, job, run)
+
+
+def _refuse_sizes(args: argparse.Namespace, source: str) -> None:
+    for flag in ("num_classes", "in_chans", "img_size"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} is that of {source}: leave it out")
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    try:
+        load_weights(model, path)
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _subject(
+    args: argparse.Namespace,
+    name: str,
+    whole: Any,
+    exportable: Any,
+    input_size: tuple[int, int, int],
+    job: Job | None,
+    run: RunFolder | None,
+) -> Subject:
+    k = args.students
+    if not isinstance(whole, MambaPKDEnsemble):
+        if k is not None:
+            raise ConfigError(f"--students is for ensembles, and {args.model} is none")
+        return Subject(name, whole, whole, exportable, input_size, job, run)
+    k = whole.num_active if k is None else k
+    if not 1 <= k <= len(whole.students):
+        raise ConfigError(f"--students must be from 1 to {len(whole.students)}, got {k}")
+    name = f"{'ensemble' if run else name}_{k}"
+    return Subject(name, whole, whole.first(k), exportable.first(k), input_size, job, run)
+
+
+def _images(subject: Subject) -> dict[str, Tensor]:
+    """The images to compare on, by what they are."""
+    count, (channels, height, width) = max(BATCHES), subject.input_size
+    images = {"random": torch.randn(count, *subject.input_size, generator=torch.Generator().manual_seed(0))}
+    if subject.job is not None:
+        data: Any = subject.job.test_loader.dataset
+        images["test images"] = torch.stack([data[i % len(data)][0] for i in range(count)])
+    elif channels in (1, 3):
+        try:
+            digits = Digits("test", transforms.ToTensor())
+        except ImportError:
+            return images
+        real = torch.stack([digits[i][0] for i in range(count)])
+        images["digits"] = F.interpolate(real, (height, width)).expand(-1, channels, -1, -1).contiguous()
+    return images
+
+
+def _differences(subject: Subject, run: Run, images: dict[str, Tensor], tolerance: float) -> str:
+    """The largest difference between the logits of ``run`` and those of eager PyTorch, in words.
+
+    Raises:
+        ConfigError: it is larger than ``tolerance`` times the largest logit, or than ``tolerance``.
+    """
+    found = []
+    for kind, batch in images.items():
+        with torch.no_grad():
+            true = torch.cat([subject.eager(batch[:count]) for count in BATCHES])
+            ours = torch.cat([run(batch[:count]) for count in BATCHES])
+        difference, largest = float((ours - true).abs().max()), float(true.abs().max())
+        if not difference <= tolerance * max(1.0, largest):
+            raise ConfigError(f"{subject.name} differs from eager PyTorch by {difference:.1e} on {kind}: not written")
+        found.append(f"{difference:.1e} ({kind})")
+    return "largest difference " + ", ".join(found)
+
+
+def _export(subject: Subject, kind: str, path: Path, images: dict[str, Tensor]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        try:
+            FORMATS[kind].write(subject.exportable, images["random"][:2], partial)
+        except Exception as error:  # whatever an exporter raises on a model that it does not support
+            raise ConfigError(f"{subject.name} cannot be exported as {kind}: {first_line(error)}") from error
+        run = FORMATS[kind].open(partial)
+        found = _differences(subject, run, images, TOLERANCE)
+        _print(partial, path, f"{found}  {_time(run, images)}")
+        os.replace(partial, path)
+
+
+def _export_int8(subject: Subject, source: Path, path: Path, images: dict[str, Tensor]) -> None:
+    assert subject.job is not None
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        quantize_onnx(source, partial)
+        run = FORMATS["onnx"].open(partial)
+        found = _differences(subject, run, images, tolerance=float("inf"))
+        loader, cpu = subject.job.test_loader, torch.device("cpu")
+        before = evaluate(subject.eager, loader, cpu, (1,), title="test float32")[0]
+        after = evaluate(_Runtime(run), loader, cpu, (1,), title="test int8")[0]
+        accuracy = f"top-1 {after:.2f} instead of {before:.2f} %"
+        _print(partial, path, f"{found}  {_time(run, images)}  {accuracy}")
+        os.replace(partial, path)
+
+
+class _Runtime(nn.Module):
+    """A file's runtime as a module."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def _export_to_hub(subject: Subject, path: Path, images: dict[str, Tensor], card: dict[str, str]) -> None:
+    whole = subject.whole
+    if isinstance(whole, MambaPKDEnsemble):
+        k = int(subject.name.rpartition("_")[2])
+        whole = first_students(whole, k, subject.input_size[1:])
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        write_hub_folder(whole, partial, subject.input_size, _normalisation(subject), card)
+        loaded = timm.create_model(f"local-dir:{partial}", pretrained=True).eval()
+        _print(partial, path, _differences(subject, loaded, images, TOLERANCE))
+        os.replace(partial, path)
+
+
+def _time(run: Run, images: dict[str, Tensor]) -> str:
+    with torch.inference_mode():
+        return f"{median_time(lambda: run(images['random'][:1]), repeats=200):.3g} ms an image"
+
+
+def _print(partial: Path, path: Path, found: str) -> None:
+    files = partial.iterdir() if partial.is_dir() else [partial]
+    print(f"{path}  {size(sum(file.stat().st_size for file in files))}  {found}", flush=True)
+
+
+def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
+    """``mean`` and ``std`` of the test images' transforms, if they are torchvision's; none where there are no data."""
+    data: Any = None if subject.job is None else subject.job.test_loader.dataset
+    while not hasattr(data, "transform") and hasattr(data, "dataset"):
+        data = data.dataset
+    transform = getattr(data, "transform", None)
+    if transform is None:
+        return {}
+    for step in getattr(transform, "transforms", [transform]):
+        if isinstance(step, transforms.Normalize):
+            return {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
+    channels = subject.input_size[0]
+    return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+
+
+def _card(subject: Subject) -> dict[str, str]:
+    """The model card's sections on the run: results, data and recipe."""
+    if subject.run is None or subject.job is None:
+        return {}
+    results = subject.run.path / "results.md"
+    if not results.is_file():
+        raise ConfigError(f"the run in {subject.run.path} has not finished: test it with: mamba-pkd evaluate")
+    data = "\n".join(
+        f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
+        for name, images in subject.job.datasets.items()
+    )
+    versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
+    config = subject.run.config.read_text(encoding="utf-8")
+    return {
+        "Results": f"The run that this model is of:\n\n{results.read_text(encoding='utf-8').strip()}",
+        "Data": data,
+        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{config.strip()}\n```",
+    }

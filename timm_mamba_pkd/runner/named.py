@@ -1,0 +1,60 @@
+"""Models by their name in timm."""
+
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_model_input_config, is_model, is_model_in_modules, resolve_model_input_args
+from torch import nn
+
+from timm_mamba_pkd.distillation import unknown_name
+from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
+
+OURS = ("mamba_pkd", "ensemble")  # modules in timm's registry
+
+
+def create_named(
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    exportable: bool = False,
+) -> tuple[Any, tuple[int, int, int]]:
+    """Create a model of timm in eval mode, and try it on one image.
+
+    Args:
+        name: a name in timm's registry, or timm's ``local-dir:FOLDER`` or ``hf-hub:REPO``, which bring weights along.
+        num_classes, in_chans, img_size: those of the model or of its weights if None.
+        exportable: make it in timm's exportable mode.
+
+    Returns:
+        the model, and the size (C, H, W) of its images.
+
+    Raises:
+        ConfigError: no such model, or it cannot be of these sizes.
+    """
+    has_weights = ":" in name
+    if not has_weights and not is_model(name):
+        raise ConfigError(unknown_name("model", name, timm.list_models()))
+    try:
+        size = {"img_size": img_size}
+        kwargs = resolve_model_input_args(name, size, num_classes=num_classes, in_chans=in_chans)
+        if img_size is not None and is_model_in_modules(kwargs["model_name"], OURS):
+            kwargs["img_size"] = img_size
+        model: Any = timm.create_model(pretrained=has_weights, exportable=exportable, **kwargs).eval()
+    except Exception as error:  # whatever a model's constructor, or a folder that is none, raises
+        raise ConfigError(f"model {name} cannot be created: {explain(error)}") from error
+    channels, *own = get_model_input_config(model)["input_size"]
+    height, width = own if img_size is None else (img_size, img_size) if isinstance(img_size, int) else img_size
+    try_image(model, name, (channels, height, width))
+    return model, (channels, height, width)
+
+
+def try_image(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Raise a ConfigError if ``model``, in eval mode, cannot take an image of ``input_size``."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, *input_size))
+    except Exception as error:  # whatever a model's forward raises
+        shape = "x".join(map(str, input_size))
+        raise ConfigError(f"model {name} cannot take images of {shape}: {first_line(error)}") from error
