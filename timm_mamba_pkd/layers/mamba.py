@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ class Mamba(nn.Module):
 
     (B, H, W, C) in, same out, any grid. The parameters have the names, shapes and initialisation of mamba-ssm's
     ``Mamba``. With ``bidirectional=False`` so has the function; otherwise the same parameters also run over the
-    reversed sequence, and the two outputs of the scan are summed before the gate: reversing the tokens reverses
+    reversed sequence, and the two gated outputs of the scan are summed: reversing the tokens reverses
     the output. The state is float32 or better under autocast. A mixer made in timm's exportable mode consists of
     PyTorch's own operators only.
 
@@ -99,15 +98,15 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
         tokens = x.reshape(batch, height * width, channels)
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
-        y = self._scan(x, reverse=False)
+        x, z = self.in_proj(tokens).chunk(2, dim=2)
+        x, z = x.transpose(1, 2), z.transpose(1, 2)
+        y = self._scan(x, z, reverse=False)
         if self.bidirectional:
-            y = y + self._scan(x, reverse=True)
-        y = y * F.silu(z)
+            y = y + self._scan(x, z, reverse=True)
         return self.out_proj(y.transpose(1, 2)).reshape(batch, height, width, channels)
 
-    def _scan(self, x: Tensor, reverse: bool) -> Tensor:
-        """Convolve and scan in one direction: (batch, inner channels, length) in, same out."""
+    def _scan(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
+        """Convolve, scan and gate in one direction: (batch, inner channels, length) in, same out."""
         x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse, self.backend)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         delta = linear(dt, self.dt_proj.weight).transpose(1, 2)
@@ -115,5 +114,5 @@ class Mamba(nn.Module):
         B, C = B.transpose(1, 2), C.transpose(1, 2)
         bias = self.dt_proj.bias
         return selective_scan(
-            x, delta, A, B, C, self.D, None, bias, delta_softplus=True, reverse=reverse, backend=self.backend
+            x, delta, A, B, C, self.D, z, bias, delta_softplus=True, reverse=reverse, backend=self.backend
         )
