@@ -40,8 +40,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the sequential loop under torch.compile, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    # What is freed stays with the process, so that no side pays for fresh pages.
-    ctypes.CDLL(None).mallopt(-1, -1), ctypes.CDLL(None).mallopt(-4, 0)
 
     sides: dict[str, Scan] = {
         name: lambda *tensors, name=name: selective_scan(*tensors, delta_softplus=True, backend=name)
@@ -65,6 +63,7 @@ def main() -> None:
     print(f"matrix product: {rate / 1e9:.0f} G multiplications/s\n")
     for shape in args.shapes or SHAPES:
         batch, channels, length, states = shape
+        keep_freed_memory(4 * batch * channels * length * states < 2**28)
         print(f"(B, D, L, N) = {tuple(shape)}")
         times = {name: measure(scan, shape, args.repeat, name in BACKENDS) for name, scan in sides.items()}
         steps = batch * channels * length * states
@@ -75,6 +74,16 @@ def main() -> None:
             print(f"  {name:30}{forward:9.2f} ms {both:9.2f} ms {memory:7.0f} MB{ratio}", flush=True)
         ratio = f"  {floor[0] / base[0]:6.2f} x {floor[1] / base[1]:6.2f} x" if base else ""
         print(f"  {'floor':30}{floor[0]:9.2f} ms {floor[1]:9.2f} ms {'':10}{ratio}\n")
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let what is freed stay with the process, so that no side pays for fresh pages.
+
+    Not where tensors (B, D, L, N) of hundreds of MB would leave the heap in pieces until memory runs out: there the
+    others pay for them, as in any program.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, -1), libc.mallopt(-4, 0 if keep else 2**16), libc.mallopt(-3, 2**25)
 
 
 def measure(scan: Scan, shape: tuple[int, ...], repeat: int, channels_last: bool) -> tuple[float, float, float]:
