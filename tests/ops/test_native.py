@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import random
 import re
 import shutil
@@ -214,6 +215,20 @@ def test_an_install_without_a_compiler(where, tmp_path):
     assert build.returncode == 0, build.stderr
     assert (build.stdout + build.stderr).count("no native selective scan, PyTorch's operators serve instead") == 1
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-march=x86-64-v4"])
+@pytest.mark.parametrize("source", ["portable", "portable_double", "avx2"])
+def test_the_users_flags(source, flags):
+    """CFLAGS=-march=native gives every instruction set's source more than its own."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no compiler")
+    file = CSRC / f"{source}.cpp"
+    own = ["-mavx2", "-mfma"] if source == "avx2" else []
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    subprocess.run([*command, *flags.split(), *own, str(file)], check=True)
 
 
 FUZZ = """
