@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import random
 import re
 import shutil
@@ -159,6 +160,18 @@ def test_a_library_that_cannot_be_loaded(content, reason, monkeypatch, tmp_path)
 
 
 @needs_library
+@pytest.mark.parametrize("share", [0.002, 0.5, 0.95])
+def test_a_truncated_library(share, tmp_path):
+    """An install that was interrupted: in a process of its own, as to load such a file would kill it."""
+    content = next(Path(native.__file__).parent.glob("_scan.*so")).read_bytes()
+    (tmp_path / "_scan.abi3.so").write_bytes(content[: int(share * len(content))])
+    code = "import sys; from timm_mamba_pkd.ops import native; native.__file__ = sys.argv[1]; print(native._load())"
+    command = [sys.executable, "-c", code, str(tmp_path / "native.py")]
+    load = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert load.stdout.endswith("_scan.abi3.so is truncated; install the package again\n"), load
+
+
+@needs_library
 def test_a_library_of_another_version(monkeypatch):
     monkeypatch.setattr(native, "_Scan", native._Tensor)
     assert "of another version; install the package again" in str(native._load.__wrapped__())
@@ -177,6 +190,9 @@ def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv(VARIABLE, "parallel")
     selective_scan(*tensors)
     assert calls == ["parallel"]
+    monkeypatch.setenv(VARIABLE, "")  # as if it were not set
+    selective_scan(*tensors)
+    assert calls == ["parallel"] or native.unavailable(CPU)
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match=rf"unknown backend 'fast' \(by {VARIABLE}\); choose one of \['auto'"):
         selective_scan(*tensors)
@@ -199,6 +215,20 @@ def test_an_install_without_a_compiler(where, tmp_path):
     assert build.returncode == 0, build.stderr
     assert (build.stdout + build.stderr).count("no native selective scan, PyTorch's operators serve instead") == 1
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-march=x86-64-v4"])
+@pytest.mark.parametrize("source", ["portable", "portable_double", "avx2"])
+def test_the_users_flags(source, flags):
+    """CFLAGS=-march=native gives every instruction set's source more than its own."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no compiler")
+    file = CSRC / f"{source}.cpp"
+    own = ["-mavx2", "-mfma"] if source == "avx2" else []
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    subprocess.run([*command, *flags.split(), *own, str(file)], check=True)
 
 
 FUZZ = """

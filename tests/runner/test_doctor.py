@@ -1,3 +1,5 @@
+import pytest
+
 from timm_mamba_pkd import cli
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 
@@ -17,10 +19,18 @@ def test_why_a_backend_cannot_serve(capsys, monkeypatch):
     assert "  native: the native library was not built\n" in capsys.readouterr().out
 
 
-def test_the_variable_is_named(capsys, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "parallel")
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("parallel", f"{VARIABLE} asks for parallel:"),
+        ("fast", f"{VARIABLE} asks for fast, which does not exist: every scan will fail:"),
+        ("", "the first that can is taken:"),
+    ],
+)
+def test_the_variable_is_named(value, said, capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, value)
     assert cli.main(["doctor"]) == 0
-    assert f"selective scan on cpu, {VARIABLE} asks for parallel:\n" in capsys.readouterr().out
+    assert f"selective scan on cpu, {said}\n" in capsys.readouterr().out
 
 
 def test_a_wrong_variable_stops_a_run_at_once(capsys, monkeypatch):

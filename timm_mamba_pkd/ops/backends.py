@@ -80,7 +80,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
     Raises:
         ValueError: Unknown name, or a backend that cannot serve on ``device``, with the reason.
     """
-    name = os.environ.get(VARIABLE, "auto") if backend == "auto" else backend
+    name = os.environ.get(VARIABLE) or "auto" if backend == "auto" else backend
     if name == "auto":
         return BACKENDS[_automatic(device.type)]
     if name not in BACKENDS:

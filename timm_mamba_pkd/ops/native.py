@@ -7,6 +7,7 @@ the others.
 """
 
 import ctypes
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def _load() -> ctypes.CDLL | str:
     if not files:
         return "the native library was not built; install the package again with a C++ compiler (g++ or clang++)"
     try:
+        if _truncated(files[0]):
+            return f"the native library {files[0]} is truncated; install the package again"
         library = ctypes.CDLL(str(files[0]))
         sizes = library.timm_mamba_pkd_sizes()
     except (OSError, AttributeError) as error:
@@ -80,6 +83,17 @@ def _load() -> ctypes.CDLL | str:
         function.restype = ctypes.c_int64
     library.timm_mamba_pkd_instruction_set.restype = ctypes.c_int64
     return library
+
+
+def _truncated(library: Path) -> bool:
+    """Whether an ELF file ends before its last part, the section headers: to load it could kill the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not ELF, or not of a 64-bit little-endian processor
+        return False
+    (start,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size < start + size * count
 
 
 def unavailable(device: torch.device) -> str | None:

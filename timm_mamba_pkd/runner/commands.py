@@ -133,8 +133,9 @@ def run_doctor(args: argparse.Namespace) -> None:
     else:
         print("cuda: not available")
     for device in devices:
-        chosen = os.environ.get(VARIABLE, "auto")
+        chosen = os.environ.get(VARIABLE) or "auto"
         taken = "the first that can is taken" if chosen == "auto" else f"{VARIABLE} asks for {chosen}"
+        taken += "" if chosen in ("auto", *BACKENDS) else ", which does not exist: every scan will fail"
         print(f"selective scan on {device}, {taken}:")
         for name, backend in BACKENDS.items():
             reason = backend.unavailable(device)

@@ -55,7 +55,7 @@ inline V4 operator*(V4 x, V y) { return map([=](V x) { return x * y; }, x); }
 inline V4 operator-(REAL x, V4 y) { return map([=](V y) { return x - y; }, y); }
 inline V4 operator/(REAL x, V4 y) { return map([=](V y) { return x / y; }, y); }
 // NaN stays NaN.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && LANES == 8
 inline V4 max(V4 x, REAL y) { return map([=](V x) { return (V)_mm256_max_ps(_mm256_set1_ps(y), (__m256)x); }, x); }
 inline V4 min(V4 x, REAL y) { return map([=](V x) { return (V)_mm256_min_ps(_mm256_set1_ps(y), (__m256)x); }, x); }
 #else
@@ -91,7 +91,7 @@ inline V4 exp(V4 x) { return lanes<std::exp>(x); }
 inline V4 log1p(V4 x) { return lanes<std::log1p>(x); }
 #else
 // What 2^x takes without overflow, x rounded, and 2^x for integral x, times p.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && LANES == 16
 inline V4 bounded(V4 x) { return x; }
 inline V4 nearest(V4 x) {
     return map([](V x) { return (V)_mm512_mask_roundscale_ps((__m512)x, 0xffff, (__m512)x, 8); }, x);
