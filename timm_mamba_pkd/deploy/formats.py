@@ -53,12 +53,45 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
             dynamic_shapes=({0: "batch"},),
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        _optimize(program.model)
     proto = program.model_proto
     _forget_origin(proto)
     onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _optimize(model: Any) -> None:
+    """What the exporter's optimizer does to the students, without a rule that takes quadratic time: slices to Split.
+
+    Common subexpressions go first: both directions of a scan share weights, which are else folded once for each.
+    """
+    from onnxscript import ir, optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    passes: Any = import_module("onnx_ir.passes.common")
+    same = passes.CommonSubexpressionEliminationPass()
+    same(model)
+    optimizer.fold_constants(model)
+    rewriter.rewrite(
+        model,
+        [
+            rules.fuse_batchnorm_into_conv_rule,
+            rules.transpose_transpose_rule,
+            rules.collapse_slice_rule,
+            rules.remove_optional_bias_from_conv_rule,
+            rules.squeeze_reshape_1d_rule,
+            rules.mul_by_1_rule,
+            rules.div_by_1_rule,
+            *rules.add_0_rule.commute(),
+            rules.materialize_reshape_shape_rule,
+        ],
+    )
+    optimizer.fold_constants(model)
+    lift = passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), lift, passes.DeduplicateInitializersPass(), same)(model)
 
 
 def _forget_origin(proto: Any) -> None:
