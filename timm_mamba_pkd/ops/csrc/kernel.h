@@ -301,7 +301,7 @@ struct Scratch {
     REAL* state;                   // as A: forward the states, backward their gradients
     REAL *dA, *dD, *dbias;         // as A; (channels): summed over the thread's tasks
     REAL *dB, *dC, *sums;          // (states, steps, LANES); (states, steps)
-    REAL *u, *step, *slope, *input, *y, *z, *dy, *dy_ungated, *dinput, *dstep;  // columns: (TILE / LANES, steps, LANES)
+    REAL *u, *step, *slope, *input, *y, *z, *dy, *dz, *dinput, *dstep;  // columns: (TILE / LANES, steps, LANES)
     bool* ready;
 
     Scratch(const Scan& s, void* memory) {
@@ -320,7 +320,7 @@ struct Scratch {
 
     static int64_t size(const Scan& s) {
         Scratch unplaced;
-        int64_t total = PADDING;
+        int64_t total = PADDING;  // for `ready`
         unplaced.layout(s, [&](REAL*&, int64_t size) { total += size; });
         return total * sizeof(REAL);
     }
@@ -336,7 +336,7 @@ private:
         for (REAL** part : {&B, &C}) take(*part, padded(s.length * s.states));
         for (REAL** part : {&dB, &dC}) take(*part, padded(s.states * CHUNK) * LANES);
         take(sums, padded(s.states * CHUNK));
-        for (REAL** part : {&u, &step, &slope, &input, &y, &z, &dy, &dy_ungated, &dinput, &dstep})
+        for (REAL** part : {&u, &step, &slope, &input, &y, &z, &dy, &dz, &dinput, &dstep})
             take(*part, CHUNK * TILE + 4 * LANES);
     }
 };
@@ -487,9 +487,9 @@ struct Tile {
         if (gate) {
             in(s.z, k.z);
             for (int64_t i = 0; i < size(); i += 4 * LANES) {
-                const V4 z = load4(k.z + i), dy = load4(k.dy + i), gate = sigmoid(z);
-                store4(k.dy + i, dy * z * gate);
-                store4(k.dy_ungated + i, dy * gate * (z * (REAL(1) - gate) + REAL(1)));
+                const V4 z = load4(k.z + i), dy = load4(k.dy + i), open = sigmoid(z);
+                store4(k.dy + i, dy * z * open);
+                store4(k.dz + i, dy * open * (z * (REAL(1) - open) + REAL(1)));
             }
         }
         vectors([&](int64_t column, int64_t d) {
@@ -504,14 +504,14 @@ struct Tile {
                 dbias += ddelta;
                 store(k.dinput + i, dinput * load(k.step + i) + dy * D);
                 store(k.dstep + i, ddelta);
-                if (gate) store(k.z + i, load(k.dy_ungated + i) * (load(k.y + i) + D * u));
+                if (gate) store(k.dz + i, load(k.dz + i) * (load(k.y + i) + D * u));
             }
             store(k.dD + d, dD);
             store(k.dbias + d, dbias);
         });
         out(s.du, k.dinput);
         out(s.ddelta, k.dstep);
-        if (gate) out(s.dz, k.z);
+        if (gate) out(s.dz, k.dz);
     }
 };
 
@@ -616,7 +616,7 @@ struct ConvolutionScratch {
 
     static int64_t size(const Convolution& s) {
         ConvolutionScratch unplaced;
-        int64_t total = PADDING;
+        int64_t total = PADDING;  // for `ready`
         unplaced.layout(s, [&](REAL*&, int64_t size) { total += size; });
         return total * sizeof(REAL);
     }
