@@ -44,6 +44,16 @@ def test_first_students(combination, k):
     assert not {p.data_ptr() for p in smaller.parameters()} & {p.data_ptr() for p in ensemble.parameters()}
 
 
+@torch.no_grad()
+def test_first_students_keep_pooling_and_preprocessing():
+    ensemble = make_ensemble(global_pool="catavgmax")
+    ensemble.pretrained_cfg.update(mean=(0.25,), std=(0.75,))
+    smaller: Any = first_students(ensemble, 2, (9, 8))
+    x = torch.randn(2, 1, 9, 8)
+    torch.testing.assert_close(smaller(x), ensemble.first(2)(x), rtol=0, atol=0)
+    assert smaller.pretrained_cfg["mean"] == (0.25,) and smaller.pretrained_cfg["std"] == (0.75,)
+
+
 def student() -> Any:
     torch.manual_seed(0)
     return timm.create_model("mamba_pkd_s1", **SIZES).eval()

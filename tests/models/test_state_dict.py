@@ -114,6 +114,14 @@ def test_fine_tuning_to_another_class_count(tmp_path, caplog, load, num_classes)
     assert model(torch.randn(2, 3, 9, 9)).shape == (2, num_classes or model.num_features)
 
 
+def test_a_damaged_classifier_of_the_same_class_count_is_refused(tmp_path):
+    state = saved(tmp_path)[1]
+    del state["head.fc.bias"]
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(RuntimeError, match=r"missing head\.fc\.bias"):
+        checkpoint_path(tmp_path / "damaged.pth", num_classes=10)
+
+
 def test_fine_tuning_an_ensemble_to_another_class_count(tmp_path):
     path, state = saved(tmp_path, **ENSEMBLE)
     model = checkpoint_path(path, **ENSEMBLE, num_classes=7)

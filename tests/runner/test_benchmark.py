@@ -58,3 +58,9 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
         assert line.startswith(f"mamba-pkd: error: {message}"), line
         assert not out
     assert (tmp_path / "old.csv").read_text() == "mine"
+
+
+def test_a_model_that_cannot_be_measured(capsys):
+    assert main(["benchmark", "mamba_pkd_s1", "--device", "meta", "--batch-size", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mamba-pkd: error: model mamba_pkd_s1 cannot be measured on meta: "), line

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_mamba_pkd.cli import main
@@ -123,6 +124,7 @@ BAD = {
     "nowhere/run": "nowhere/run is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "empty": "empty is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "local-dir:empty": "model local-dir:empty cannot be created: ",
+    "local-dir:empty --num-classes 5": "--num-classes and --in-chans are those of local-dir:empty: leave them out",
     "mamba_pkd_s1 --img-size 7": "model mamba_pkd_s1 cannot be created: img_size must be at least 8",
     "mamba_pkd_s1 --students 1": "--students is for ensembles, and mamba_pkd_s1 is none",
     "mamba_pkd_ensemble --students 0": "--students must be from 1 to 7, got 0",
@@ -158,6 +160,19 @@ def test_bad_input(plain, write, tmp_path, capsys, monkeypatch):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"mamba-pkd: error: {message}"), line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_students_that_are_not_active_are_not_exported(tmp_path, capsys):
+    ensemble: Any = timm.create_model("mamba_pkd_ensemble", students=["mamba_pkd_s1", "mamba_pkd_s2"], num_classes=3)
+    ensemble.set_active([1])
+    save_for_hf(ensemble, str(tmp_path / "second"), safe_serialization=True)
+    model = f"local-dir:{tmp_path / 'second'}"
+    for flags, k in (([], 1), (["--students", "2"], 2)):
+        assert main(["export", model, "--format", "pt2", "--output", str(tmp_path / "out"), *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"mamba-pkd: error: students 1 to {k} cannot be exported: only 2 of {model} are trained and active"
+        )
 
 
 @NEEDS_ONNX

@@ -13,6 +13,8 @@ from timm.models import save_for_hf
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.report import count_macs, count_params
 
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # in timm's pretrained_cfg
+
 
 def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]) -> MambaPKDEnsemble:
     """An ensemble of the first ``k`` students of ``ensemble`` alone, with copies of their weights."""
@@ -28,9 +30,12 @@ def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]
         num_classes=ensemble.num_classes,
         in_chans=ensemble.in_chans,
         img_size=img_size,
+        global_pool=ensemble.global_pool,
         combination=ensemble.combination,
     )
     smaller.load_state_dict(state)
+    own: Any = ensemble.pretrained_cfg
+    smaller.pretrained_cfg.update({key: own[key] for key in PREPROCESSING if key in own})
     return smaller.train(ensemble.training)
 
 

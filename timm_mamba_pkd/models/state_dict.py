@@ -47,12 +47,24 @@ def fit_state_dict(
     names = classifier_names(model)
     classifier = {name: tensor for name, tensor in wanted.items() if name in names}
     fits_otherwise = not differences(_without(names, compared) | classifier, wanted)
-    if fits_otherwise and new_classifier:
+    other_count = fits_otherwise and _of_another_count(classifier, found, names)
+    if other_count and new_classifier:
         _logger.warning("The classifier starts anew, the state dict is of another class count: %s", different)
         return _without(names, found) | classifier
     own = f"{type(model).__name__} with num_classes={model.num_classes}, in_chans={model.in_chans}"
-    advice = " (create the model with the state dict's num_classes)" if fits_otherwise else ""
+    advice = " (create the model with the state dict's num_classes)" if other_count else ""
     raise RuntimeError(f"the state dict is of another model than this {own}: {different}{advice}")
+
+
+def _of_another_count(own: Mapping[str, Tensor], found: Mapping[str, Tensor], names: set[str]) -> bool:
+    """Whether whole classifiers differ in their class count alone, or one side has none."""
+    theirs = {name: found[name] for name in names if name in found}
+    if not own or not theirs:
+        return True
+    return own.keys() == theirs.keys() and all(
+        theirs[name].shape[0] != tensor.shape[0] and theirs[name].shape[1:] == tensor.shape[1:]
+        for name, tensor in own.items()
+    )
 
 
 def classifier_names(model: Any) -> set[str]:

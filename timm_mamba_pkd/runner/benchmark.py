@@ -10,7 +10,7 @@ import torch
 
 from timm_mamba_pkd.report import count_macs, count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.runner.device import find_device
-from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import make_folder
 
@@ -35,7 +35,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
     models = [(name, *create_named(name, args.num_classes, args.in_chans, args.img_size)) for name in args.models]
     results = []
     for name, model, input_size in models:
-        results.append({"model": name, **_measure(model.to(device), input_size, args.batch_size, device, args.amp)})
+        try:
+            measured = _measure(model.to(device), input_size, args.batch_size, device, args.amp)
+        except RuntimeError as error:  # memory that is not there, or an operator that the device does not have
+            raise ConfigError(f"model {name} cannot be measured on {device}: {first_line(error)}") from error
+        results.append({"model": name, **measured})
         model.cpu()
     print(_to_text(results))
     print(f"{CONVENTIONS}. {args.batch_size} images a batch, on {_describe(device)}.")

@@ -16,6 +16,7 @@ from timm.layers import set_exportable
 from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
@@ -109,6 +110,8 @@ def _find(args: argparse.Namespace) -> Subject:
     path = Path(args.model).expanduser()
     if ":" not in args.model and not is_model(args.model) and (path.is_dir() or "/" in args.model):
         return _find_in_run(args, RunFolder(path), cpu)
+    if ":" in args.model and (args.num_classes is not None or args.in_chans is not None):
+        raise ConfigError(f"--num-classes and --in-chans are those of {args.model}: leave them out")
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans, "img_size": args.img_size}
     job = None
     if args.config is not None:
@@ -173,6 +176,9 @@ def _subject(
     k = whole.num_active if k is None else k
     if not 1 <= k <= len(whole.students):
         raise ConfigError(f"--students must be from 1 to {len(whole.students)}, got {k}")
+    if not set(range(k)) <= set(whole.active_positions):
+        active = ", ".join(str(position + 1) for position in whole.active_positions)
+        raise ConfigError(f"students 1 to {k} cannot be exported: only {active} of {args.model} are trained and active")
     name = f"{'ensemble' if run else name}_{k}"
     return Subject(name, whole, whole.first(k), exportable.first(k), input_size, job, run)
 
@@ -299,6 +305,7 @@ def _card(subject: Subject) -> dict[str, str]:
     data = "\n".join(
         f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
         for name, images in subject.job.datasets.items()
+        if isinstance(images, Dataset)  # not the lists of splits that torchdistill builds on the way
     )
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     config = subject.run.config.read_text(encoding="utf-8")
