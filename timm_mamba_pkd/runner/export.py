@@ -16,7 +16,6 @@ from timm.layers import set_exportable
 from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
@@ -305,7 +304,7 @@ def _card(subject: Subject) -> dict[str, str]:
     data = "\n".join(
         f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
         for name, images in subject.job.datasets.items()
-        if isinstance(images, Dataset)  # not the lists of splits that torchdistill builds on the way
+        if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
     )
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     config = subject.run.config.read_text(encoding="utf-8")
