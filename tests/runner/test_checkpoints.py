@@ -14,6 +14,8 @@ import torch
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.errors import ConfigError
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:

@@ -15,6 +15,8 @@ from torchdistill.core.training import TrainingBox
 
 from timm_mamba_pkd.runner import train as training
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.fixture
 def signal_at(monkeypatch) -> Callable[..., list[int]]:
