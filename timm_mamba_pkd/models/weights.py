@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences
+
+
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class WeightsError(ValueError):
@@ -71,6 +75,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ):
         raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
     return dict(content)
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """In this context `torch.load` builds tensors and plain values only, whoever calls it, and whatever it asks for.
+
+    It is PyTorch's own switch, for what torchvision, torchdistill and data sets load, worker processes included.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

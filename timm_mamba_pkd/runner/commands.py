@@ -27,6 +27,7 @@ from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.train import train
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def run_check(args: argparse.Namespace) -> None:
 
 def run_expand(args: argparse.Namespace) -> None:
     """``mamba-pkd expand``: print the torchdistill YAML that a progressive schedule stands for."""
-    print(expand(args.config), end="")
+    print(expand(args.config, args.safe_config), end="")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -142,6 +143,12 @@ def run_doctor(args: argparse.Namespace) -> None:
             print(f"  {name}: {reason or 'can serve'}")
 
 
+def safe_folders(args: argparse.Namespace) -> Folders | None:
+    """Where a run with ``--safe-config`` may write; None without the flag."""
+    cache = None if args.cache_dir is None else Path(args.cache_dir)
+    return Folders(_run_folder(args).path, cache) if args.safe_config else None
+
+
 def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
@@ -159,7 +166,7 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     _keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
-    job = prepare(args.config, device)
+    job = prepare(args.config, device, args.cache_dir, safe_folders(args))
     for warning in job.warnings:
         logger.warning(warning)
     if args.channels_last:
