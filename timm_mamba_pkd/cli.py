@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from timm.utils import ParseKwargs
+
 from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
 
@@ -37,13 +39,34 @@ def build_parser() -> argparse.ArgumentParser:
     config = argparse.ArgumentParser(add_help=False)
     config.add_argument("--config", required=True, help="yaml file path")
 
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
+    sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
+    sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
+
     check = commands.add_parser("check", parents=[config, run], help="try a config without training: seconds instead of hours")
     check.set_defaults(action=runner.run_check)
     train = commands.add_parser("train", parents=[config, run], help="train a config's model, or distil its students")
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
-    evaluate = commands.add_parser("evaluate", parents=[config, run], help="test the trained models of a run")
+    evaluate = commands.add_parser(
+        "evaluate", parents=[run, sizes], help="test the trained models of a run, or any timm model with a checkpoint"
+    )
+    tested = evaluate.add_mutually_exclusive_group(required=True)
+    tested.add_argument("--config", help="yaml file path")
+    tested.add_argument("--model", metavar="NAME", help="timm model name; the flags below are timm's validate.py's")
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder of a folder of images per class, or of val/")
+    evaluate.add_argument("--dataset", default="", metavar="NAME", help="torch/cifar10 and the like (default: images)")
+    evaluate.add_argument("--split", default="validation", metavar="NAME", help="(default: validation)")
+    evaluate.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    evaluate.add_argument("-b", "--batch-size", type=positive, metavar="N", default=256, help="(default: 256)")
+    evaluate.add_argument("-j", "--workers", type=count, metavar="N", default=4, help="(default: 4)")
+    evaluate.add_argument("--mean", type=float, nargs="+", metavar="MEAN", help="of the pixels (default: the model's)")
+    evaluate.add_argument("--std", type=float, nargs="+", metavar="STD", help="of the pixels (default: the model's)")
+    evaluate.add_argument("--crop-pct", type=float, metavar="N", help="center crop (default: the model's)")
+    interpolations = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+    evaluate.add_argument("--interpolation", choices=interpolations, help="of the resizing (default: the model's)")
     evaluate.set_defaults(action=runner.run_evaluate)
     expand = commands.add_parser(
         "expand", parents=[config, safe], help="print the torchdistill YAML that a progressive schedule stands for"
@@ -52,10 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print a run's table and draw its plots again")
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
-    sizes = argparse.ArgumentParser(add_help=False)
-    sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
-    sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
-    sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
     export = commands.add_parser(
         "export", parents=[safe, sizes], help="write a model as ONNX, PT2, ExecuTorch or a Hugging Face folder, checked"
     )
@@ -94,6 +113,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
 
 

@@ -74,7 +74,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
+    odd = next((name for name, tensor in content.items() if not _is_plain(tensor)), None)
+    if odd is not None:
+        raise WeightsError(f"weights file {path} holds {odd} as a sparse, quantized, complex or empty shell of a tensor")
     return dict(content)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
 
 
 @contextmanager
@@ -99,7 +106,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         WeightsError: as `read_weights`, or the file belongs to another architecture or class count; the message
             names the first keys that differ.
     """
-    found = read_weights(path)
+    load_state(model, read_weights(path), path)
+
+
+def load_state(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict, which `read_weights` found at ``path``, as `load_weights` does."""
     before = None
     if isinstance(model, MambaPKDEnsemble):
         before = dict(model.reuse.items()), model.weights

@@ -5,7 +5,7 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from timm_mamba_pkd.runner.check import check, duration, require_space, size
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
@@ -83,6 +84,11 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights; report where a run has no report yet."""
+    if getattr(args, "model", None) is not None:
+        _refuse(args, ("output", "cache_dir", "run_log", "safe_config", "student_only", "log_config"), "--config")
+        evaluate_named(args)
+        return
+    _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
     run = _run_folder(args)
     device, job, amp = _set_up(args)
     checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
@@ -96,6 +102,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         own = checkpoint.parent == run.weights("").parent
         if own and not args.student_only and not (run.path / "results.csv").exists():
             _report(args, run, device, rows)
+
+
+def _refuse(args: argparse.Namespace, flags: Sequence[str], other: str) -> None:
+    for flag in flags:
+        if getattr(args, flag, None):
+            raise ConfigError(f"--{flag.replace('_', '-')} is for evaluate {other}: leave it out")
 
 
 def run_report(args: argparse.Namespace) -> None:
