@@ -44,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
     sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
 
-    check = commands.add_parser("check", parents=[config, run], help="try a config without training: seconds instead of hours")
+    check = commands.add_parser(
+        "check", parents=[config, run], help="try a config without training: seconds instead of hours"
+    )
     check.set_defaults(action=runner.run_check)
     train = commands.add_parser("train", parents=[config, run], help="train a config's model, or distil its students")
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """``--safe-config`` against hostile configs: each would leave a marker file, import a module, or write elsewhere."""
 
 import os
@@ -19,7 +20,9 @@ from timm_mamba_pkd.runner.source import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "yaml_configs").rglob("*.yaml"))
-REFUSED = re.compile(r"(refused by|under) --safe-config|is outside --output|, outside --output|not valid YAML|nested too deeply")
+REFUSED = re.compile(
+    r"(refused by|under) --safe-config|is outside --output|, outside --output|not valid YAML|nested too deeply"
+)
 
 
 def call(key: str, *args: Any, tag: str = "!import_call", **kwargs: Any) -> str:
@@ -110,6 +113,10 @@ AS_DATASET = {
     "tar": call("timm.data.create_dataset", "''", root="x.tar"),
     "timm's download": call("timm.data.create_dataset", "torch/mnist", "/tmp", download="True"),
     "reader": call("timm.data.create_dataset", "''", root=".", class_map="evil.pkl"),
+    "rule by position": call("timm_mamba_pkd.progressive", "[s]", "1", "{}", "{}", "{}", "{kwargs: {sub_terms: {}}}", "evil.Rule"),
+    "cache_dir by position": call("timm_mamba_pkd.progressive", "[s]", "1", "{}", "{}", "{}", "{kwargs: {sub_terms: {}}}", "independent", *["null"] * 4, "/tmp/x"),
+    "tensorflow by position": call("timm.data.create_transform", *["1"] * 24),
+    "a line of its own": call("torchvision.datasets.MNIST", root='"../x\\nmamba-pkd: config OK\\e[2J"', download="True"),
     "tensorflow": call("timm.data.create_transform", tf_preprocessing="True"),
 }  # fmt: skip
 
@@ -144,6 +151,9 @@ IN_PLACE = {
     "a wrapper's checkpoint": ("      num_epochs:", "      teacher: {auxiliary_model_wrapper: {key: Teacher4FactorTransfer, kwargs: {paraphraser_ckpt: ../x.pt}}}\n      num_epochs:"),
     "cache_dir": ("      num_epochs:", "      cache_dir: ../elsewhere\n      num_epochs:"),
     "tracker": ("datasets:", "tracker: {engine: wandb, kwargs: {dir: /tmp}}\ndatasets:"),
+    "dependencies as a mapping": ("dependencies:\n- name: timm_mamba_pkd", "dependencies: {evil: 1}"),
+    "the same with name": ("dependencies:\n- name: timm_mamba_pkd", "dependencies: {name: timm}"),
+    "student with a path": ("      - mamba_pkd_s1", "      - resnet18./../../x"),
     "models by a tag": ("  student_model:\n", "  student_model: !access_by_index_or_key {data: [1], index_or_key: 0}\n  _x:\n"),
     "train by a tag": ("key: timm_mamba_pkd.progressive", "key: torchdistill.datasets.util.split_dataset"),
     "tags renamed": ("dependencies:", "%TAG !e! tag:yaml.org,2002:python/\n---\n_x: !e!object/apply:os.system ['touch marker']\ndependencies:"),
@@ -195,7 +205,7 @@ def test_hostile_config(name, place, progressive, write, run, capsys):
 
 def test_the_attacks_work_without_the_flag(place, progressive, write, run, capsys):
     """The marker would be seen: these are attacks."""
-    for name in ("os.system", "a module of the working folder", "merged", "verbatim", "rule"):
+    for name in ("os.system", "a module of the working folder", "merged", "verbatim", "rule", "rule by position"):
         run(hostile(name, write, progressive), command="check")
         assert (place / "marker").exists(), name
         (place / "marker").unlink()
@@ -260,6 +270,8 @@ models:
     _weights: &weights !import_get {key: torchvision.models.resnet.ResNet18_Weights}
     kwargs: {num_classes: 1000, weights: !getattr [*weights, IMAGENET1K_V1]}
     dst_ckpt: !join [./run/, a, .pt]
+    src_ckpt: !expanduser ~/x.pt
+    _path: !abspath x
 train: {sampler: {class_or_func: !import_get {key: torch.utils.data.distributed.DistributedSampler}}}
 test: {}
 """
@@ -269,7 +281,9 @@ test: {}
 
 def test_the_list_is_of_objects():
     """Whatever the spelling; and each is defined in one of the packages."""
-    assert all(thing.__module__.split(".")[0] in ("torchvision", "timm", "torchdistill", "timm_mamba_pkd") for thing in CALLED)
+    assert all(
+        thing.__module__.split(".")[0] in ("torchvision", "timm", "torchdistill", "timm_mamba_pkd") for thing in CALLED
+    )
     assert "system" not in {thing.__name__ for thing in CALLED}
     assert {"independent", "residual", "bdistil", "assistant"} == set(RULES)
 
@@ -335,5 +349,3 @@ def test_inside(text, tmp_path, monkeypatch):
 def test_outside(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Folders(Path("run"), Path("cache")).outside(text)
-
-

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences
 
-
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -76,7 +75,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
     odd = next((name for name, tensor in content.items() if not _is_plain(tensor)), None)
     if odd is not None:
-        raise WeightsError(f"weights file {path} holds {odd} as a sparse, quantized, complex or empty shell of a tensor")
+        raise WeightsError(
+            f"weights file {path} holds {odd} as a sparse, quantized, complex or empty shell of a tensor"
+        )
     return dict(content)
 
 

@@ -112,7 +112,9 @@ def _dataset(args: argparse.Namespace) -> Any:
     if not root.is_dir():
         raise ConfigError(f"--data-root {root} is {'a file' if root.exists() else 'not there'}: name a folder")
     if args.dataset.partition("/")[0].lower() not in ("", "torch"):
-        raise ConfigError(f"--dataset {args.dataset} is not supported: leave it out, or take one of timm's torch/ names")
+        raise ConfigError(
+            f"--dataset {args.dataset} is not supported: leave it out, or take one of timm's torch/ names"
+        )
     try:
         return create_dataset(args.dataset, str(root), args.split)
     except (Exception, SystemExit) as error:  # whatever a data set's constructor raises

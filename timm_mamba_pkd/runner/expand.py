@@ -24,10 +24,11 @@ class Tagged:
 
 
 def expand(config_path: str | Path, safe: bool = False) -> str:
-    """The YAML text of a config with ``train`` written out, stage by stage. Of what is in the config, only a rule is imported.
+    """The YAML text of a config with ``train`` written out, stage by stage. Nothing is executed but a rule's import.
 
     Raises:
-        ConfigError: ``safe``, and `require_safe` refuses it; the file is no config, its schedule has bad arguments, or its ``train`` is no progressive schedule.
+        ConfigError: the file is no config, its schedule has bad arguments, or its ``train`` is no progressive schedule;
+            with ``safe``, also whatever `require_safe` refuses.
     """
     source = Source.read(config_path)
     if safe:

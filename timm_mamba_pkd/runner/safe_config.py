@@ -2,9 +2,9 @@
 
 import enum
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ import timm
 import timm.data
 import torch
 import torchvision
-import yaml
 from torch.utils.data import Sampler
-from torchdistill.common import yaml_util
 from torchdistill.datasets.sample_loader import JpegCompressionLoader
 from torchdistill.datasets.util import split_dataset
 from torchvision import transforms
@@ -25,8 +23,8 @@ from timm_mamba_pkd.distillation import RULES, progressive
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.schema import Problem
 from timm_mamba_pkd.runner.source import Source
+from timm_mamba_pkd.runner.tags import PACKAGES, PLAIN, Built, Section, TagReader, is_enumeration
 
-PACKAGES = ("torch", "torchvision", "timm", "torchdistill", "timm_mamba_pkd")
 DATASETS = tuple(
     getattr(torchvision.datasets, name)
     for name in ("FakeData", "ImageFolder", "MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100")
@@ -59,10 +57,6 @@ MODEL_ARGUMENTS = (
     "checkpoint_path",  # of timm's, which read a checkpoint as tensors only
     "weights", "progress", "depth", "k", "dropout_p", "memory_efficient",  # of torchvision's and torchdistill's
 )  # fmt: skip
-PLAIN = (str, int, float, bool, type(None))
-PLAIN_TAGS = tuple(
-    f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
-)
 
 
 @dataclass(frozen=True)
@@ -100,13 +94,15 @@ def require_safe(source: Source, folders: Folders | None) -> None:
     Raises:
         ConfigError: with a line for everything that is refused.
     """
-    reader = _Reader()
+    reader = TagReader()
     try:
         config = reader.construct_document(source.tree())
     except Exception as error:  # whatever PyYAML raises on a value that does not fit its tag
-        source.refuse(reader.problems)
-        raise ConfigError(f"config {source.path} is refused by --safe-config: {_one_line(error)}") from error
-    if not isinstance(config, dict):
+        source.refuse([(line, _printable(message)) for line, message in reader.problems])
+        raise ConfigError(
+            f"config {source.path} is refused by --safe-config: {_printable(_one_line(error))}"
+        ) from error
+    if not isinstance(config, Section):
         source.refuse([*reader.problems, (1, "the config must be written out under --safe-config, not made by a tag")])
     problems = list(reader.problems)
     for call in reader.calls:
@@ -114,170 +110,10 @@ def require_safe(source: Source, folders: Folders | None) -> None:
     for section in reader.sections:
         problems += _judge_names(section, folders)
     problems += _judge_sections(config)
-    source.refuse(problems)
+    source.refuse([(line, _printable(message)) for line, message in problems])
 
 
-class _Section(dict[Any, Any]):
-    """A mapping; ``lines`` says where its keys stand."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.lines: dict[Any, int] = {}
-
-
-@dataclass(eq=False)
-class _Built:
-    """What a tag stands for that gets or calls something; it is never executed here.
-
-    ``value`` is the object that its key resolves to, or None where it resolves to none.
-    """
-
-    tag: str
-    line: int
-    name: str = ""
-    value: Any = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.tag} {self.name}".strip()
-
-
-class _Reader(yaml.SafeLoader):
-    """Builds what torchdistill's loader would, but a `_Built` for everything that it would get or call.
-
-    Attributes:
-        problems: tags and keys that are refused.
-        calls, sections: every call and every mapping of the text, also those that an alias or a merge hides.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("")
-        self.problems: list[Problem] = []
-        self.calls: list[_Built] = []
-        self.sections: list[_Section] = []
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        if node.tag not in PLAIN_TAGS and node.tag not in TAGS:
-            allowed = ", ".join(TAGS)
-            self.problems.append((_line(node), f"{_tag(node)} is refused by --safe-config, which allows {allowed}"))
-            return None
-        return super().construct_object(node, deep)  # pyright: ignore[reportArgumentType]
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        section = _Section(super().construct_mapping(node, deep))
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if not isinstance(name, PLAIN):
-                self.problems.append((_line(key), "a key is refused by --safe-config: keys must be plain text"))
-            section.lines[name] = _line(key)
-        self.sections.append(section)
-        return section
-
-    def text(self, node: Any, parts: Sequence[Any]) -> list[str]:
-        """Parts of a text, as torchdistill joins them."""
-        if not all(isinstance(part, PLAIN) for part in parts):
-            self.problems.append((_line(node), f"{node.tag} is refused by --safe-config: it joins plain texts only"))
-            return []
-        return [str(part) for part in parts]
-
-
-def _read_mapping(reader: _Reader, node: Any) -> Iterator[Any]:
-    section = _Section()
-    yield section
-    found = reader.construct_mapping(node)
-    section.update(found)
-    section.lines = found.lines
-
-
-def _read_text(reader: _Reader, node: Any) -> str:
-    """What torchdistill makes of a tag that is about text alone."""
-    if isinstance(node, yaml.SequenceNode) and not reader.text(node, reader.construct_sequence(node, deep=True)):
-        return ""
-    functions = {
-        "!join": yaml_util.yaml_join,
-        "!pathjoin": yaml_util.yaml_pathjoin,
-        "!expanduser": yaml_util.yaml_expanduser,
-        "!abspath": yaml_util.yaml_abspath,
-    }
-    return functions[node.tag](reader, node)
-
-
-def _read_import(reader: _Reader, node: Any) -> _Built:
-    entry = reader.construct_mapping(node, deep=True)
-    built = _Built(node.tag, _line(node))
-    reader.calls.append(built)
-    names = ("key", "package", "init") if node.tag == "!import_call" else ("key", "package")
-    key, package, init = (entry.get(name) for name in ("key", "package", "init"))
-    init = {} if init is None else init
-    plain = isinstance(key, str) and isinstance(package, (str, type(None)))
-    if not plain or any(name not in names and not str(name).startswith("_") for name in entry):
-        reader.problems.append((built.line, f"{node.tag} is refused by --safe-config: it takes {', '.join(names)}"))
-        return built
-    built.name = key if package is None else f"{package}.{key}"
-    built.value = _resolve(built.name) if package is None else _resolve(key, package)
-    args, kwargs = (init.get("args", []), init.get("kwargs", {})) if isinstance(init, dict) else (None, None)
-    if not isinstance(args, list) or not isinstance(kwargs, dict):
-        message = f"{built} is refused by --safe-config: init must be args, a list, and kwargs, a mapping"
-        reader.problems.append((built.line, message))
-    elif built.tag == "!import_call" and _is_one_of(built.value, CALLED):
-        try:
-            bound = inspect.signature(built.value).bind(*args, **kwargs).arguments
-        except TypeError:  # the call itself will raise it, and say what is wrong
-            bound = kwargs
-        built.arguments = {**bound, **(bound.get("kwargs") or {})}
-    return built
-
-
-def _read_getattr(reader: _Reader, node: Any) -> Any:
-    parts = reader.construct_sequence(node, deep=True)
-    if len(parts) == 2 and isinstance(parts[1], str) and isinstance(parts[0], _Built):
-        owner, name = parts
-        if owner.tag == "!import_get" and _is_enumeration(owner.value) and name in owner.value.__members__:
-            return _Built(node.tag, _line(node), name, owner.value[name])
-    message = "is refused by --safe-config, which allows members of torchvision's enumerations: [!import_get {...}, NAME]"
-    reader.problems.append((_line(node), f"!getattr {message}"))
-    return None
-
-
-def _read_item(reader: _Reader, node: Any) -> Any:
-    entry = reader.construct_mapping(node, deep=True)
-    data, index = entry.get("data"), entry.get("index_or_key")
-    if isinstance(data, _Built) and data.value is split_dataset and isinstance(index, int):
-        return _Built(node.tag, _line(node), data.name)
-    if isinstance(data, (list, dict)) and isinstance(index, PLAIN):
-        return data[index]
-    message = "is refused by --safe-config, which allows items of split_dataset, of lists and of mappings"
-    reader.problems.append((_line(node), f"!access_by_index_or_key {message}"))
-    return None
-
-
-TAGS: dict[str, Callable[[_Reader, Any], Any]] = {
-    "!import_call": _read_import,
-    "!import_get": _read_import,
-    "!getattr": _read_getattr,
-    "!access_by_index_or_key": _read_item,
-    "!join": _read_text,
-    "!pathjoin": _read_text,
-    "!expanduser": _read_text,
-    "!abspath": _read_text,
-}
-for _name, _constructor in TAGS.items():
-    _Reader.add_constructor(_name, _constructor)
-_Reader.add_constructor("tag:yaml.org,2002:map", _read_mapping)
-
-
-def _resolve(key: str, package: str | None = None) -> Any:
-    """What torchdistill's import_get gives, found in the loaded modules of `PACKAGES` alone; None if it is not there.
-
-    ``vars`` runs no code of a module, and nothing is imported.
-    """
-    if package is None:
-        package, _, key = key.rpartition(".")
-    module = sys.modules.get(package) if package.partition(".")[0] in PACKAGES else None
-    return None if module is None else vars(module).get(key)
-
-
-def _judge_call(call: _Built, folders: Folders | None) -> Iterator[Problem]:
+def _judge_call(call: Built, folders: Folders | None) -> Iterator[Problem]:
     if call.tag == "!import_get":
         if not _is_gettable(call.value):
             yield (
@@ -286,14 +122,17 @@ def _judge_call(call: _Built, folders: Folders | None) -> Iterator[Problem]:
                 "torchvision and torch's dtypes: leave it out, or trust the config as a script",
             )
         return
-    if not _is_one_of(call.value, CALLED):
+    if not is_one_of(call.value, CALLED):
         yield (
             call.line,
             f"{call} is refused by --safe-config, which calls only {CALLED_IN_WORDS}: leave it out, or trust the "
             "config as a script",
         )
         return
-    arguments = call.arguments
+    arguments = _arguments(call)
+    section = Section(arguments)
+    section.lines = dict.fromkeys(arguments, call.line)
+    yield from _judge_names(section, folders)
     if arguments.get("download") not in (None, False) and folders and folders.outside(arguments.get("root")):
         yield (
             call.line,
@@ -306,7 +145,16 @@ def _judge_call(call: _Built, folders: Folders | None) -> Iterator[Problem]:
         yield from _judge_reader(call, arguments)
 
 
-def _judge_reader(call: _Built, arguments: dict[str, Any]) -> Iterator[Problem]:
+def _arguments(call: Built) -> dict[Any, Any]:
+    """The arguments of a call by name, also those given by position."""
+    try:
+        bound = inspect.signature(call.value).bind(*call.args, **call.kwargs).arguments
+    except TypeError:  # so will the call itself be refused by Python
+        bound = call.kwargs
+    return {**bound, **(bound.get("kwargs") or {})}
+
+
+def _judge_reader(call: Built, arguments: dict[str, Any]) -> Iterator[Problem]:
     """timm's readers of wds/, hfds/ and tfds/ run pipes and loading scripts, that of tar files writes beside them."""
     if arguments.get("name") not in READER_NAMES:
         names = ", ".join(map(repr, READER_NAMES))
@@ -319,7 +167,7 @@ def _judge_reader(call: _Built, arguments: dict[str, Any]) -> Iterator[Problem]:
             yield call.line, f"{call} is refused by --safe-config with a tar file: unpack it and name the folder"
 
 
-def _judge_names(section: _Section, folders: Folders | None) -> Iterator[Problem]:
+def _judge_names(section: Section, folders: Folders | None) -> Iterator[Problem]:
     """Keys whose values torchdistill or this package imports, downloads, unpickles or writes to, wherever they are."""
     for name, value in section.items():
         line = section.lines.get(name, 1)
@@ -343,11 +191,12 @@ def _judge_names(section: _Section, folders: Folders | None) -> Iterator[Problem
             )
 
 
-def _judge_sections(config: dict[str, Any]) -> Iterator[Problem]:
+def _judge_sections(config: Section) -> Iterator[Problem]:
     """The sections whose strings reach importers."""
-    lines = getattr(config, "lines", {})
-    names = config.get("dependencies") or []
-    for name in names if isinstance(names, list) else [names]:
+    lines = config.lines
+    names = config.get("dependencies")
+    names = [] if names is None else names if isinstance(names, list) else [names if isinstance(names, str) else None]
+    for name in names:
         name = name.get("name") if isinstance(name, dict) and set(name) == {"name"} else name
         if not isinstance(name, str) or name not in PACKAGES:
             shown = f" {name}" if isinstance(name, str) else ""
@@ -361,12 +210,12 @@ def _judge_sections(config: dict[str, Any]) -> Iterator[Problem]:
         if section in config and not isinstance(config[section], dict):
             yield lines[section], f"{section} must be written out under --safe-config, not made by a tag"
     train = config.get("train")
-    if isinstance(train, _Built) and train.value is not progressive:
+    if isinstance(train, Built) and train.value is not progressive:
         yield lines["train"], "train must be a section or timm_mamba_pkd.progressive under --safe-config"
-    models = config.get("models")
-    if "models" in config and not isinstance(models, dict):
+    models: Any = config.get("models")
+    if "models" in config and not isinstance(models, Section):
         yield lines["models"], "models must be written out under --safe-config, not made by a tag"
-    for name, model in models.items() if isinstance(models, dict) else ():
+    for name, model in models.items() if isinstance(models, Section) else ():
         if not str(name).startswith("_"):
             yield from _judge_model(f"models.{name}", model, models.lines.get(name, lines["models"]))
 
@@ -374,7 +223,7 @@ def _judge_sections(config: dict[str, Any]) -> Iterator[Problem]:
 def _judge_model(where: str, model: Any, line: int) -> Iterator[Problem]:
     if model is None:
         return
-    if not isinstance(model, _Section):
+    if not isinstance(model, Section):
         yield line, f"{where} must be written out under --safe-config, not made by a tag"
         return
     key, kwargs = model.get("key"), model.get("kwargs") or {}
@@ -384,7 +233,7 @@ def _judge_model(where: str, model: Any, line: int) -> Iterator[Problem]:
         yield model.lines.get("key", line), f"{where}.key{shown} is refused by --safe-config: it is no model's name"
     if model.get("quantized"):
         yield model.lines["quantized"], f"{where}.quantized is refused by --safe-config: remove it"
-    if not isinstance(kwargs, _Section):
+    if not isinstance(kwargs, Section):
         kwargs_line = model.lines.get("kwargs", line)
         if kwargs:
             yield kwargs_line, f"{where}.kwargs must be written out under --safe-config, not made by a tag"
@@ -394,38 +243,34 @@ def _judge_model(where: str, model: Any, line: int) -> Iterator[Problem]:
         if name not in MODEL_ARGUMENTS:
             yield at, f"{where}.kwargs.{name} is refused by --safe-config, which allows {', '.join(MODEL_ARGUMENTS)}"
         elif not all(_is_plain(part) for part in (value if isinstance(value, list) else [value])):
-            yield at, f"{where}.kwargs.{name} is refused by --safe-config: it must be a number, a text or a list of them"
+            yield (
+                at,
+                f"{where}.kwargs.{name} is refused by --safe-config: it must be a number, a text, or a list",
+            )
         elif name in ("model_name", "students"):
             for student in value if isinstance(value, list) else [value]:
-                if isinstance(student, str) and not timm.is_model(student):
+                if isinstance(student, str) and not (timm.is_model(student) and re.fullmatch(r"[\w.-]+", student)):
                     yield at, f"{where}.kwargs.{name} {student} is refused by --safe-config: it is no model of timm"
         elif name == "checkpoint_path" and value is not None and (not isinstance(value, str) or "://" in value):
             yield at, f"{where}.kwargs.{name} {value} is refused by --safe-config: name a file"
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, _Built) and isinstance(value.value, enum.Enum))
+    return isinstance(value, PLAIN) or (isinstance(value, Built) and isinstance(value.value, enum.Enum))
 
 
 def _is_gettable(value: Any) -> bool:
     sampler = inspect.isclass(value) and issubclass(value, Sampler) and vars(torch.utils.data).get(value.__name__)
-    return sampler is value or _is_enumeration(value) or isinstance(value, torch.dtype)
+    return sampler is value or is_enumeration(value) or isinstance(value, torch.dtype)
 
 
-def _is_enumeration(value: Any) -> bool:
-    return inspect.isclass(value) and issubclass(value, enum.Enum) and value.__module__.startswith("torchvision.")
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(value is other for other in allowed)
 
 
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
-
-
-def _tag(node: yaml.Node) -> str:
-    return f"tag {node.tag.replace('tag:yaml.org,2002:', '!!')}"
+def _printable(message: str) -> str:
+    """A message of one line, whatever a config has written into it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:1000])
 
 
 def _one_line(error: Exception) -> str:

@@ -232,7 +232,7 @@ def schedule_arguments(root: yaml.Node) -> yaml.Node | None:
 
 
 def set_cache_dir(root: yaml.Node, cache_dir: str) -> bool:
-    """Have a config's schedule, or the stages that one was expanded to, cache logits in a folder; False if it has none."""
+    """Have a config's schedule, or the stages that one was expanded to, cache logits in a folder; False without one."""
     sections = [schedule_arguments(root)]
     for node in walk(root):
         kwargs = child(child(node, "auxiliary_model_wrapper"), "kwargs")
