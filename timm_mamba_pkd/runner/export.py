@@ -30,6 +30,7 @@ from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _find(args: argparse.Namespace) -> Subject:
     job = None
     if args.config is not None:
         _refuse_sizes(args, f"--config {args.config}")
-        job = prepare(args.config, cpu)
+        job = prepare(args.config, cpu, safe=_folders(args, RunFolder(Path("runs") / args.model)))
         sizes = {"num_classes": job.num_classes, "in_chans": job.input_size[0], "img_size": job.input_size[1:]}
     whole, input_size = create_named(args.model, **sizes)
     exportable, _ = create_named(args.model, **sizes, exportable=True)
@@ -134,7 +135,7 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder, cpu: torch.device) ->
     if args.config is not None:
         raise ConfigError(f"--config is that of the run in {args.model}: leave it out")
     _refuse_sizes(args, f"the run in {args.model}")
-    job = prepare(run.config, cpu)
+    job = prepare(run.config, cpu, safe=_folders(args, run))
     with set_exportable(True):
         exportable = build_model(job.student_config)
     ensemble = isinstance(job.student, MambaPKDEnsemble)
@@ -143,6 +144,10 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder, cpu: torch.device) ->
     kwargs = job.student_config.get("kwargs") or {}
     name = str(kwargs.get("model_name", job.student_config["key"]))
     return _subject(args, name, job.student.eval(), exportable.eval(), job.input_size, job, run)
+
+
+def _folders(args: argparse.Namespace, run: RunFolder) -> Folders | None:
+    return Folders(run.path if args.output is None else Path(args.output)) if args.safe_config else None
 
 
 def _refuse_sizes(args: argparse.Namespace, source: str) -> None:
