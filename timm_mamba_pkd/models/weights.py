@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
-from timm_mamba_pkd.models.state_dict import differences
+from timm_mamba_pkd.models.state_dict import differences, not_finite
 
 
 class WeightsError(ValueError):
@@ -77,10 +77,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights at ``path`` into ``model``, all of them or none.
 
     Raises:
-        WeightsError: as `read_weights`, or the file belongs to another architecture or class count; the message
-            names the first keys that differ.
+        WeightsError: as `read_weights`, or the file belongs to another architecture or class count, or holds NaN or
+            infinity; the message names the first keys concerned.
     """
     found = read_weights(path)
+    if broken := not_finite(found):
+        raise WeightsError(f"weights file {path} holds values that are not finite: {broken}")
     before = None
     if isinstance(model, MambaPKDEnsemble):
         before = dict(model.reuse.items()), model.weights

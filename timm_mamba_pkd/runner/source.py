@@ -59,8 +59,12 @@ class Source:
         """``message``, led by the file and the line."""
         return f"config {self.path}{'' if line is None else f', line {line}'}: {message}"
 
-    def load(self) -> dict[str, Any]:
+    def load(self, leave_out: tuple[str, ...] = (), at: Keys = ()) -> Any:
         """Build what the config describes, as torchdistill does: its tags import and call what they name.
+
+        Args:
+            leave_out: sections that are not built.
+            at: the keys of a part that is built alone; None comes of one that is not there.
 
         Raises:
             ConfigError: something that it calls fails; the line is that of the call.
@@ -69,7 +73,11 @@ class Source:
         loader = _LocatingLoader(self.text)
         try:
             with self.locating():
-                return loader.get_single_data()
+                node: Any = loader.get_single_node()
+                node.value = [pair for pair in node.value if pair[0].value not in leave_out]
+                for key in at:
+                    node = child(node, key)
+                return None if node is None else loader.construct_document(node)
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(self.path, error)) from error
         finally:
