@@ -24,13 +24,8 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)
-	@if [ -e $(DEMO) ]; then \
-		echo "$(DEMO) exists already. See it: $(BIN)/mamba-pkd report $(DEMO). Start anew: make clean-demo demo"; \
-	else \
-		set -ex; \
-		$(BIN)/mamba-pkd train --config yaml_configs/digits/teacher.yaml --device cpu --output $(DEMO)/teacher; \
-		$(BIN)/mamba-pkd train --config yaml_configs/digits/progressive.yaml --device cpu --output $(DEMO); \
-	fi
+	$(BIN)/mamba-pkd train --config yaml_configs/digits/teacher.yaml --device cpu --output $(DEMO)/teacher
+	$(BIN)/mamba-pkd train --config yaml_configs/digits/progressive.yaml --device cpu --output $(DEMO)
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -30,6 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[run], help="try a config without training: seconds instead of hours")
     check.set_defaults(action=runner.run_check)
     train = commands.add_parser("train", parents=[run], help="train a config's model, or distil its students")
+    train.add_argument("--fresh", action="store_true", help="start anew; the run in the output folder moves to old-N")
+    train.add_argument(
+        "--on-nonfinite", choices=["stop", "skip"], default="stop",
+        help="what to do with a batch whose loss is not finite; skip gives up after 10 in a stage (default: stop)",
+    )  # fmt: skip
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
@@ -87,14 +92,19 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; a user's errors are one line each on stderr and exit code 2."""
+    """Run the command; a user's errors are one line each on stderr and exit code 2, signals 128 plus theirs."""
     args = build_parser().parse_args(argv)
     if "" not in sys.path:
         sys.path.append("")  # a config may name modules of the working folder, as under python -m
     try:
-        args.action(args)
+        with runner.ending_on_signals():
+            args.action(args)
     except (runner.ConfigError, FloatingPointError) as error:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2
+    except runner.Interrupted as interrupted:
+        again = "; the same command goes on from there" if args.command == "train" else ""
+        print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
+        return interrupted.exit_code
     return 0

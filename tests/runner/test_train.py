@@ -3,7 +3,6 @@
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +10,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torchdistill.common.main_util import load_ckpt
+from torchdistill.core.training import TrainingBox
 from torchvision.datasets import FakeData
 
 from timm_mamba_pkd import MambaPKDEnsemble
 from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.report import read_csv
-from timm_mamba_pkd.runner.config import prepare
-from timm_mamba_pkd.runner.train import _train_one_epoch
 
 STUDENTS = ["mamba_pkd_s1", "mamba_pkd_s2"]
 SIZES: dict[str, Any] = {"num_classes": 3, "in_chans": 1}
@@ -87,7 +85,7 @@ def test_progressive_run_leaves_a_full_folder(progressive, run, write, tmp_path,
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, ensemble[name])
     assert set(torch.load(destination, weights_only=True)) == {"model"}
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
     rows = read_csv(folder / "results.csv")
     assert [(r.model, r.role, r.k) for r in rows] == [
@@ -275,19 +273,21 @@ def test_evaluate_takes_the_checkpoint_it_is_given(plain, run, tmp_path, capsys)
     assert (folder / "results.csv").read_bytes() == report  # which is that of the run's own weights
 
 
-def test_loss_of_an_epoch_is_the_mean_over_samples(plain, write):
-    batches = [(torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64), {}) for n in (8, 8, 4)]
-    losses = iter([1.0, 2.0, 6.0])
-    box: Any = SimpleNamespace(
-        train_data_loader=batches,
-        num_epochs=1,
-        forward_process=lambda *batch: torch.tensor(next(losses)),
-        post_forward_process=lambda loss: loss.mul_(100),  # torchdistill scales it in place, when it accumulates
-    )
-    job = prepare(write(plain), torch.device("cpu"))
-    record = _train_one_epoch(job, box, torch.device("cpu"), amp=False, epoch=0)
-    assert record["loss"] == pytest.approx((8 * 1 + 8 * 2 + 4 * 6) / 20)
-    assert record["img_per_s"] == pytest.approx(20 / record["seconds"])
+def test_loss_of_an_epoch_is_the_mean_over_samples(plain, run, monkeypatch):
+    forward, seen = TrainingBox.forward_process, []
+
+    def forward_process(self, images, targets, supp_dict):
+        loss = forward(self, images, targets, supp_dict)
+        seen.append((loss.item(), len(targets)))
+        return loss
+
+    monkeypatch.setattr(TrainingBox, "forward_process", forward_process)
+    plain["train"]["train_data_loader"]["kwargs"]["batch_size"] = 10
+    plain["train"]["optimizer"]["grad_accum_step"] = 3  # torchdistill then scales the loss in place
+    _, folder = run(plain)
+    assert [size for _, size in seen[-3:]] == [10, 10, 4]
+    (line,) = metrics(folder)
+    assert line["loss"] == pytest.approx(sum(loss * size for loss, size in seen[-3:]) / 24)
 
 
 def test_logs_of_two_runs_in_one_process_are_apart(plain, run, caplog):

@@ -32,12 +32,13 @@ def pre_epoch(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
     length = self.train_config[f"stage{self.stage_number}"]["num_epochs"]
     in_stage = self.current_epoch - (self.stage_end_epoch - length)
     views.set_epoch(in_stage)
-    if in_stage == 0 and isinstance(wrapper, StageWrapper):
+    if isinstance(wrapper, StageWrapper) and not wrapper.started:
         _start_stage(self, wrapper, views)
 
 
 def _start_stage(box: Any, wrapper: StageWrapper, views: Views) -> None:
-    wrapper.start_stage(views)
+    wrapper.started = True
+    wrapper.start_rule(len(views))
     cached_teacher = isinstance(box.teacher_model, CachedTeacher)
     new = (cached_teacher and wrapper.stage == 1) + (
         wrapper.cache_dir is not None and wrapper.rule.sees_earlier and wrapper.stage > 1

@@ -37,6 +37,8 @@ class StageWrapper(AuxiliaryModelWrapper):
         position: of the current student in the ensemble, from 0.
         rule: built in the first stage and handed on from stage to stage.
         verdict: the rule's, once the stage is finished.
+        started: whether the stage's first epoch in this process has begun, with its caches.
+        finished: whether the stage's student is trained, and its part in the combination fitted.
         cache_bytes: what the logits caches that begin in this stage take on disk; known from its first epoch on.
     """
 
@@ -86,6 +88,7 @@ class StageWrapper(AuxiliaryModelWrapper):
         self.cache_dir = cache_dir
         self.cache_bytes = 0
         self.verdict: Verdict | None = None
+        self.started = False
         self.finished = False
         self.caches: list[CachedModel] = []
         self._seen: dict[str, Any] = {}
@@ -103,11 +106,12 @@ class StageWrapper(AuxiliaryModelWrapper):
         self.student.train(mode)
         return self
 
-    def start_stage(self, views: Views) -> None:
-        """Make the rule's buffers before the first stage."""
-        if self.stage == 1:
-            self.rule.start(len(views), self.ensemble.num_classes)
+    def start_rule(self, num_samples: int) -> None:
+        """Make the rule's buffers, once before the first stage, or in the process that goes on with a later one."""
+        if not self.ensemble.training_state.get("started"):
+            self.rule.start(num_samples, self.ensemble.num_classes)
             self.rule.to(next(self.student.parameters()).device)
+            self.ensemble.training_state["started"] = True
 
     def cache_earlier(self, views: Views) -> None:
         """Read the earlier students' logits from the cache from now on."""

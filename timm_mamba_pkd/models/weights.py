@@ -1,7 +1,6 @@
 """Reading and writing of model weights: safetensors out; safetensors or ``weights_only`` torch files in."""
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from timm_mamba_pkd.files import whole_file, write_file
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences, not_finite
 
@@ -26,18 +26,15 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make the file private
-    os.replace(partial, path)
+    write_file(path, save(state, metadata={"format": "pt"}))
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write ``{"model": state_dict}`` as torch file, atomically: what torchdistill's ``load_ckpt`` reads."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save({"model": model.state_dict()}, partial)
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        torch.save({"model": model.state_dict()}, file)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_mamba_pkd.report._files import write_atomically
+from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
 from timm_mamba_pkd.report.table import Row, to_markdown, write_csv
 
@@ -41,7 +41,7 @@ def write_report(
     )
     verdicts = [f"- stage {m['stage']}, {m['student']}: {m['verdict']}" for m in metrics if "verdict" in m]
     text = "\n".join([to_markdown(rows), conventions, *(["", *verdicts] if verdicts else [])])
-    write_atomically(folder / "results.md", f"{text}\n".encode())
+    write_file(folder / "results.md", f"{text}\n".encode())
     plot_accuracy_against_macs(rows, folder / "accuracy_macs.png")
     if metrics:
         plot_curves(metrics, folder / "curves.png")

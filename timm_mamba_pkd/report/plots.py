@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_mamba_pkd.report._files import write_atomically
+from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.report.table import Row
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _have_matplotlib() -> bool:
 def _save(figure: Figure, path: str | Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=figure.dpi)
-    write_atomically(path, png.getvalue())
+    write_file(path, png.getvalue())
 
 
 def _accuracy_figure(rows: Sequence[Row]) -> Figure:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from timm_mamba_pkd.report._files import write_atomically
+from timm_mamba_pkd.files import write_file
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     for row in rows:
         model, role, k, *numbers = astuple(row)
         writer.writerow([model, role, k, *("" if number is None else repr(float(number)) for number in numbers)])
-    write_atomically(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode())
 
 
 def read_csv(path: str | Path) -> list[Row]:

@@ -4,9 +4,12 @@ from timm_mamba_pkd.runner.benchmark import run_benchmark
 from timm_mamba_pkd.runner.commands import run_check, run_doctor, run_evaluate, run_expand, run_report, run_train
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.export import run_export
+from timm_mamba_pkd.runner.interrupts import Interrupted, ending_on_signals
 
 __all__ = [
     "ConfigError",
+    "Interrupted",
+    "ending_on_signals",
     "run_benchmark",
     "run_check",
     "run_doctor",

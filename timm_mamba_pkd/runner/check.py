@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import logging
-import random
 import shutil
 import time
 import warnings
@@ -25,6 +24,7 @@ from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import Job, stages
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
+from timm_mamba_pkd.runner.random_state import random_state, set_random_state
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -60,7 +60,7 @@ def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstima
     level = logs.level
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
     try:
-        with job.source.locating(), _same_random_numbers(device):
+        with job.source.locating(), _same_random_numbers():
             _check_schedule(job)
             return list(_try_stages(_copy(job, amp), device, amp))
     finally:
@@ -178,15 +178,13 @@ def _explaining(stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
+def _same_random_numbers() -> Iterator[None]:
     """After this context, random numbers go on as if it had not been."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def _first_batch(loader: DataLoader, stage: str) -> Any:

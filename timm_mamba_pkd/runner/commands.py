@@ -6,9 +6,10 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchdistill.common.constant import LOGGING_FORMAT
@@ -19,7 +20,6 @@ from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
-from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
@@ -27,9 +27,11 @@ from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
-from timm_mamba_pkd.runner.train import train
+from timm_mamba_pkd.runner.train import Options, train
 
 logger = logging.getLogger(__name__)
+
+FLAGS_OF_A_RUN = ("seed", "amp", "channels-last", "on-nonfinite")  # with others it would come to other weights
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -60,24 +62,55 @@ def run_expand(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     """``mamba-pkd train``: prepare, train, test, report."""
     run = _run_folder(args)
-    run.require_free()
-    device, job, amp = _set_up(args)
-    destination = job.destination
-    if destination is not None and destination.exists():
-        raise ConfigError(f"dst_ckpt {destination} exists already: move it away, or test it with: mamba-pkd evaluate")
-    require_space(job, run.path, check(job, device, amp))
-    box = build_box(job, device)
-    if destination is not None:
-        make_folder(destination.parent)
-    run.create(args.config)
-    with _logging_to(args.run_log or run.log):
-        if args.log_config:
-            logger.info(job.config)
-        try:
-            train(job, box, run, device, amp)
-        except CacheError as error:
-            raise ConfigError(str(error)) from error
-        _report(args, run, device, _test(args, job, device, amp))
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"--output {run.path} is a file: name a folder")
+    flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
+    with ExitStack() as stack:
+        if run.begun:
+            stack.enter_context(run.locked())
+        resuming = run.begun and not args.fresh
+        if resuming:
+            run.require_same(args.config, flags)
+            if run.finished:
+                print(f"The run in {run.path} is finished; --fresh starts anew.\n")
+                print(to_text(read_csv(run.path / "results.csv")))
+                return
+        device, job, amp = _set_up(args)
+        destination = job.destination
+        if destination is not None and destination.exists() and not resuming and not args.fresh:
+            raise ConfigError(
+                f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
+                "moved with --fresh"
+            )
+        require_space(job, run.path, check(job, device, amp))
+        if destination is not None:
+            make_folder(destination.parent)
+        if not resuming:
+            _begin(args, run, flags, stack, destination)
+        with _logging_to(args.run_log or run.log):
+            if args.log_config:
+                logger.info(job.config)
+            try:
+                train(job, run, device, Options(amp, args.on_nonfinite))
+            except CacheError as error:
+                raise ConfigError(str(error)) from error
+            _report(args, run, device, _test(args, job, device, amp))
+
+
+def _begin(
+    args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack, destination: Path | None
+) -> None:
+    """Start a run in an empty folder, or beside an old one that ``--fresh`` moves away."""
+    begun = run.begun
+    if not begun:
+        stack.enter_context(run.locked())
+        if run.begun:
+            raise ConfigError(f"another run has just started in {run.path}: choose another --output")
+    if args.fresh:
+        old = run.move_away(*([] if destination is None else [destination]))
+        if old is not None:
+            logger.info("Moved the run before to %s", old)
+    run.create(args.config, {"flags": flags})
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], title: str) -> "tqdm[T]":
-    """``items`` with a bar titled ``title`` on a terminal; plain elsewhere."""
-    return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+def progress(items: Iterable[T], title: str, total: int | None = None, done: int = 0) -> "tqdm[T]":
+    """``items`` with a bar titled ``title`` on a terminal; plain elsewhere. ``done`` of ``total`` have gone before."""
+    hidden = not sys.stderr.isatty()
+    return tqdm(items, desc=title, total=total, initial=done, leave=False, disable=hidden, dynamic_ncols=True)

@@ -1,15 +1,23 @@
-"""The folder a run writes: one place for its config, log, metrics, weights and report."""
+"""The folder a run writes: one place for its config, log, metrics, checkpoints, weights and report."""
 
 import json
 import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.runner.errors import ConfigError
+
+REPORT = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
 
 
 class RunFolder:
-    """``<output>/``: config.yaml, log.txt, metrics.jsonl, weights/*.safetensors and, at the end, the report."""
+    """``<output>/``: config.yaml, run.json, log.txt, metrics.jsonl, checkpoints/, weights/, and the report."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -19,6 +27,10 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -26,37 +38,88 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
     def weights(self, name: str) -> Path:
         return self.path / "weights" / f"{name}.safetensors"
 
-    def require_free(self) -> None:
-        """Raise a ConfigError if a run, or anything that a run would write, is already here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"--output {self.path} is a file: name a folder")
-        reports = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
-        written = [self.config, self.log, self.metrics, *(self.path / name for name in ("weights", *reports))]
-        if any(path.exists() for path in written):
-            raise ConfigError(
-                f"{self.path} already holds a run, finished or not: choose another --output, or move it away"
-            )
+    @property
+    def begun(self) -> bool:
+        """Whether a run, or anything that a run would write, is here."""
+        return any(path.exists() for path in self._written())
 
-    def create(self, config_path: str | Path) -> None:
-        """Start a run here: make the folder and keep a copy of the config.
+    @property
+    def finished(self) -> bool:
+        """Whether the run here has been tested and reported."""
+        return (self.path / "results.csv").exists()
+
+    def _written(self) -> Sequence[Path]:
+        weights = self.weights("").parent
+        reports = [self.path / name for name in REPORT]
+        return [self.config, self.record, self.log, self.metrics, self.checkpoints, weights, *reports]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The right to write here, for one process; the system takes it back when that process ends, however it does.
 
         Raises:
-            ConfigError: the folder cannot be written, or another run has started in it since `require_free`.
+            ConfigError: the folder cannot be made, or another run is writing in it.
         """
         make_folder(self.path)
+        lock = FileLock(self.path / ".lock")
         try:
-            with self.config.open("xb") as file:
-                file.write(Path(config_path).expanduser().read_bytes())
-        except FileExistsError as error:
-            raise ConfigError(f"another run has just started in {self.path}: choose another --output") from error
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"another run is writing in {self.path}: wait, or choose another --output") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def log_metrics(self, **values: Any) -> None:
+    def create(self, config_path: str | Path, record: Mapping[str, Any]) -> None:
+        """Start a run here, with a copy of its config and a record of how it was started."""
+        write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
+        write_file(self.config, Path(config_path).expanduser().read_bytes())
+
+    def require_same(self, config_path: str | Path, flags: Mapping[str, Any]) -> None:
+        """Raise a ConfigError unless the run here was started with this config and these flags."""
+        advice = "go on with the same, choose another --output, or start anew with --fresh"
+        if not self.config.exists() or not self.record.exists():
+            raise ConfigError(f"{self.path} holds a run that cannot be resumed: choose another --output, or --fresh")
+        then, now = self.config.read_bytes().splitlines(), Path(config_path).expanduser().read_bytes().splitlines()
+        if then != now:
+            pairs = zip([*then, None], [*now, None], strict=False)
+            line = next(number for number, (one, other) in enumerate(pairs, start=1) if one != other)
+            raise ConfigError(f"{config_path} differs in line {line} from {self.config}, as the run began: {advice}")
+        begun = json.loads(self.record.read_text())["flags"]
+        for flag, value in flags.items():
+            if begun.get(flag) != value:
+                raise ConfigError(f"the run in {self.path} began with {flag} {begun.get(flag)}, not {value}: {advice}")
+
+    def move_away(self, *others: Path) -> Path | None:
+        """Move all that a run has written here, and ``others``, into a new folder old-1, old-2, ...; returns it."""
+        written = [path for path in (*self._written(), *others) if path.exists()]
+        if not written:
+            return None
+        number = 1
+        while (self.path / f"old-{number}").exists():
+            number += 1
+        old = self.path / f"old-{number}"
+        old.mkdir(parents=True)
+        for path in written:
+            shutil.move(path, old / path.name)
+        return old
+
+    def rewrite_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Make metrics.jsonl these lines of JSON."""
+        write_file(self.metrics, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+
+    def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON to metrics.jsonl."""
         with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(record) + "\n")
 
 
 def make_folder(path: Path) -> None:

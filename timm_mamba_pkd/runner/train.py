@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,70 +10,132 @@ from torch import nn
 
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
-from timm_mamba_pkd.runner.box import Box
+from timm_mamba_pkd.runner import interrupts
+from timm_mamba_pkd.runner.batches import Batches
+from timm_mamba_pkd.runner.box import Box, build_box
+from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
-from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.training_state import Progress, capture, restore
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_CHECKPOINTS = 600  # and one at the end of each epoch
+SKIPPED_AT_MOST = 10  # batches of a stage, where losses that are not finite are skipped
 
-def train(job: Job, box: Box, run: RunFolder, device: torch.device, amp: bool = False) -> None:
-    """Train every stage of ``job`` in its ``box`` and leave metrics and weights in ``run``.
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, beyond what the config says.
+
+    Attributes:
+        amp: under bfloat16 autocast.
+        on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
+    """
+
+    amp: bool = False
+    on_nonfinite: str = "stop"
+
+
+def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+    """Train every stage of ``job`` and leave checkpoints, metrics and weights in ``run``, from where it had stopped.
 
     Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
     stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
     Raises:
-        ConfigError: a loss reads what no hook records, or a label is none of the model's classes.
+        ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
+            written, or all are damaged.
         FloatingPointError: the loss is not finite.
+        Interrupted: a signal came; what was trained is saved.
     """
-    if amp:
-        _keep_logits_in_float32(job)
-    started = time.perf_counter()
-    box.can_extend = True  # pyright: ignore[reportAttributeAccessIssue]  (a stage may be trained again)
-    epoch = 0
-    while epoch < box.num_epochs:
-        stage = getattr(box, "stage_number", 1)
-        box.pre_epoch_process(epoch=epoch)
-        record = _train_one_epoch(job, box, device, amp, epoch)
-        if isinstance(job.student, MambaPKDEnsemble) and epoch + 1 == getattr(box, "stage_end_epoch", None):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                finish_stage(box)
-        record |= _validate(job, box, device, amp)
-        lr = box.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportOptionalMemberAccess]
-        run.log_metrics(stage=stage, epoch=epoch, lr=lr, **record)
-        alone = record["val_top1_student"]
-        logger.info(
-            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
-            stage, epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
-            record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
-        )  # fmt: skip
-        _save(job.student, box, run)
-        box.post_epoch_process(metrics=record["val_top1"])
-        epoch += 1
-    box.clean_modules()
-    if job.destination is not None:
-        save = save_weights if job.destination.suffix == ".safetensors" else save_checkpoint
-        save(job.student, job.destination)
-    logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
+    Trainer(job, run, device, options).train()
 
 
-def _train_one_epoch(job: Job, box: Box, device: torch.device, amp: bool, epoch: int) -> dict[str, Any]:
-    loader: Any = box.train_data_loader
-    log_freq = job.config["train"].get("log_freq", 1000)
-    total_loss, samples, started = 0.0, 0, time.perf_counter()
-    bar = progress(loader, f"epoch {epoch + 1}/{box.num_epochs}")
-    for step, (images, targets, supp_dict) in enumerate(bar, start=1):
+class Trainer:
+    """A run in training: the config's job in torchdistill's box."""
+
+    def __init__(self, job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+        self.job, self.run, self.device, self.options = job, run, device, options
+        self.checkpoints = Checkpoints(run.checkpoints)
+        self._last_saved = time.monotonic()
+        if options.amp:
+            _keep_logits_in_float32(job)
+        self._resumed = self.checkpoints.load()
+        self.box: Any
+        if self._resumed is None:
+            self.box, self.progress = build_box(job, device), Progress()
+        else:
+            self.box, self.progress = restore(self._resumed, job, device)
+        self.box.can_extend = True  # a stage may be trained again
+        self.run.rewrite_metrics(self.progress.metrics)
+
+    def train(self) -> None:
+        """Train what is left to train."""
+        started = time.perf_counter()
+        progress, box = self.progress, self.box
+        while progress.epoch < box.num_epochs:
+            stage = getattr(box, "stage_number", 1)
+            self._train_epoch()
+            self._finish_epoch(stage)
+            progress.begin_epoch(progress.epoch + 1)
+        box.clean_modules()
+        if self.job.destination is not None:
+            save = save_weights if self.job.destination.suffix == ".safetensors" else save_checkpoint
+            save(self.job.student, self.job.destination)
+        logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
+
+    def _train_epoch(self) -> None:
+        """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
+        self.box.pre_epoch_process(epoch=self.progress.epoch)
+        batches = Batches(self.box.train_data_loader)
+        progress, resumed = self.progress, self._resumed
+        self._resumed = None
+        if progress.trained and resumed is not None:
+            batches.set_random_state(resumed["random"])
+            return
+        if resumed is None or progress.start is None:
+            progress.start = batches.random_state()
+        else:
+            batches.set_random_state(progress.start)
+        with interrupts.deferring():
+            self._train_steps(batches, None if resumed is None else resumed["random"])
+            progress.trained = not interrupts.received()
+            self._save(batches)
+
+    def _train_steps(self, batches: Batches, after: Any) -> None:
+        progress, box = self.progress, self.box
+        log_freq = self.job.config["train"].get("log_freq", 1000)
+        total, before = len(batches), progress.seconds
+        started, done_before = time.perf_counter(), progress.samples
+        left = batches.epoch(progress.samples, after)
+        title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
+        for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
+            loss = self._step(images, targets, supp_dict, indices)
+            progress.samples += len(targets)
+            progress.steps += 1
+            progress.seconds = before + time.perf_counter() - started
+            if progress.steps % log_freq == 0:
+                rate = (progress.samples - done_before) / (time.perf_counter() - started)
+                logger.info("%s  step %d/%d  loss %.4f  %.0f images/s", title, progress.steps, total, loss, rate)
+            if interrupts.received():
+                return
+            if time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+                self._save(batches)
+
+    def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
+        """Forward, loss, backward, and the optimizer's step; returns the loss."""
+        job, box = self.job, self.box
         if not targets.is_floating_point() and targets.max() >= job.num_classes:
             raise ConfigError(
                 f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
             )
-        images, targets = images.to(device), targets.to(device)
+        images, targets = images.to(self.device), targets.to(self.device)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
                 loss = box.forward_process(images, targets, supp_dict)
         except KeyError as error:
             raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
@@ -80,15 +143,73 @@ def _train_one_epoch(job: Job, box: Box, device: torch.device, amp: bool, epoch:
             raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {value} at epoch {epoch + 1}, step {step}: lower the lr")
+            self._meet_nonfinite(value, indices)
+            return value
+        self.progress.total_loss += value * len(targets)
+        self.progress.counted += len(targets)
         box.post_forward_process(loss=loss)
-        total_loss += value * len(targets)
-        samples += len(targets)
-        if step % log_freq == 0:
-            rate = samples / (time.perf_counter() - started)
-            logger.info("epoch %d  step %d/%d  loss %.4f  %.0f images/s", epoch + 1, step, len(loader), value, rate)
-    seconds = time.perf_counter() - started
-    return {"loss": total_loss / samples, "img_per_s": samples / seconds, "seconds": seconds}
+        return value
+
+    def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
+        """Stop before the optimizer steps, or let the batch be skipped."""
+        progress = self.progress
+        which = "" if indices is None else f" on the samples {', '.join(map(str, indices))}"
+        what = f"the loss became {value} at epoch {progress.epoch + 1}, step {progress.steps + 1}{which}"
+        last = self.checkpoints.last()
+        where = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+        if self.options.on_nonfinite == "stop":
+            raise FloatingPointError(f"{what}; {where}: lower the lr, or pass over it with --on-nonfinite skip")
+        progress.skipped += 1
+        if progress.skipped > SKIPPED_AT_MOST:
+            raise FloatingPointError(
+                f"{what}; {SKIPPED_AT_MOST} batches of this stage have been skipped before; {where}: lower the lr"
+            )
+        logger.warning("Skipped a batch: %s", what)
+
+    def _save(self, batches: Batches) -> None:
+        for name, parameter in self.job.student.named_parameters():
+            if not parameter.isfinite().all():
+                last = self.checkpoints.last()
+                where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+                raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
+        state = capture(self.job, self.box, self.progress, batches.random_state())
+        stage, progress = state["stage"], self.progress
+        self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
+        self._last_saved = time.monotonic()
+
+    def _finish_epoch(self, stage: int) -> None:
+        """What follows the steps of an epoch; it changes nothing that would not come out the same if done again."""
+        job, box, progress, options = self.job, self.box, self.progress, self.options
+        if isinstance(job.student, MambaPKDEnsemble) and progress.epoch + 1 == getattr(box, "stage_end_epoch", None):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.amp):
+                finish_stage(box)
+        lr = box.optimizer.param_groups[0]["lr"]
+        record = {
+            "stage": stage,
+            "epoch": progress.epoch,
+            "lr": lr,
+            "loss": progress.total_loss / max(progress.counted, 1),
+            "img_per_s": progress.samples / progress.seconds,
+            "seconds": progress.seconds,
+            **_validate(job, box, self.device, options.amp),
+        }
+        progress.metrics.append(record)
+        self.run.log_metrics(record)
+        alone = record["val_top1_student"]
+        logger.info(
+            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
+            stage, progress.epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
+            record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
+        )  # fmt: skip
+        _save_weights(job.student, box, self.run)
+        if record["val_top1"] > progress.best.get(stage, -1.0):
+            progress.best[stage] = record["val_top1"]
+            last = self.checkpoints.last()
+            assert last is not None
+            self.checkpoints.keep_best(last, stage)
+        box.post_epoch_process(metrics=record["val_top1"])
+        if getattr(box, "stage_number", 1) != stage:
+            progress.skipped = 0
 
 
 def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
@@ -108,7 +229,7 @@ def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, 
     }
 
 
-def _save(model: nn.Module, box: Box, run: RunFolder) -> None:
+def _save_weights(model: nn.Module, box: Box, run: RunFolder) -> None:
     """The whole model, and for an ensemble also the student in training, under its position and name, and the rule."""
     if not isinstance(model, MambaPKDEnsemble):
         save_weights(model, run.weights("model"))

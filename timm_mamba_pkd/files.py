@@ -1,0 +1,51 @@
+"""Files that are whole or absent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` only when it is complete and on disk, with what was there replaced.
+
+    Its folder must exist. A process that is killed leaves the old file, and a temporary one named as
+    `leftover_files` expects.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def leftover_files(folder: str | Path) -> Iterator[Path]:
+    """The temporary files in a folder that writers left when they were killed, or are writing now."""
+    return Path(folder).glob(".*.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse it
+        pass
+    finally:
+        os.close(descriptor)

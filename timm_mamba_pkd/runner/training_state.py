@@ -1,0 +1,125 @@
+"""All that a run needs to go on as if it had never stopped, as plain data for a checkpoint."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_mamba_pkd.distillation import StageWrapper
+from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.box import Box, build_box
+from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.random_state import RandomState
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: the present one, from 0, over all stages.
+        samples: how many of its samples have been through.
+        steps, seconds: of them.
+        counted, total_loss: how many of them had a finite loss, and its sum over these samples.
+        trained: whether they are all; the stage's end and the validation may still be to come.
+        skipped: batches of the stage with a loss that was not finite.
+        best: of each stage, by number, the best validation accuracy in percent.
+        metrics: the lines of metrics.jsonl.
+        start: the random generators at the epoch's start.
+    """
+
+    epoch: int = 0
+    samples: int = 0
+    steps: int = 0
+    counted: int = 0
+    total_loss: float = 0.0
+    seconds: float = 0.0
+    trained: bool = False
+    skipped: int = 0
+    best: dict[int, float] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    start: RandomState | None = None
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing of the epoch has been trained on."""
+        self.epoch = epoch
+        self.samples = self.steps = self.counted = 0
+        self.total_loss = self.seconds = 0.0
+        self.trained, self.start = False, None
+
+
+def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[str, Any]:
+    """The state of a run between two steps; ``now`` is that of its random generators."""
+    optimizer, scheduler = box.optimizer, box.lr_scheduler
+    accumulating = box.stage_grad_count % box.grad_accum_step != 0
+    return {
+        "progress": dataclasses.asdict(progress),
+        "random": now,
+        "stage": getattr(box, "stage_number", 1),
+        "stage_end_epoch": getattr(box, "stage_end_epoch", box.num_epochs),
+        "num_epochs": box.num_epochs,
+        "attempts": job.student.training_state.get("attempts", {}) if isinstance(job.student, MambaPKDEnsemble) else {},
+        "modules": {name: module.state_dict() for name, module in _modules(job, box).items() if _changes(name, module)},
+        "optimizer": optimizer.state_dict(),
+        "gradients": [p.grad for p in _parameters(optimizer)] if accumulating else None,
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "stage_grad_count": box.stage_grad_count,
+    }
+
+
+def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box, Progress]:
+    """The box and the progress of a run whose state was captured; the random generators stay as they are."""
+    ensemble = job.student if isinstance(job.student, MambaPKDEnsemble) else None
+    if ensemble is not None:
+        ensemble.adapt_to(state["modules"]["student"])
+    box: Any = build_box(job, device)
+    while getattr(box, "stage_number", 1) < state["stage"]:
+        box.current_epoch = box.stage_end_epoch
+        box.advance_to_next_stage()
+    progress = Progress(**state["progress"])
+    box.current_epoch = progress.epoch
+    box.stage_end_epoch, box.num_epochs = state["stage_end_epoch"], state["num_epochs"]
+    if ensemble is not None and state["attempts"]:
+        ensemble.training_state["attempts"] = state["attempts"]
+    if isinstance(getattr(box, "student_model", None), StageWrapper):
+        box.student_model.start_rule(len(box.train_data_loader.dataset))
+    modules = _modules(job, box)
+    for name, own in state["modules"].items():
+        modules[name].load_state_dict(own)
+    optimizer = box.optimizer
+    optimizer.load_state_dict(state["optimizer"])
+    if state["gradients"] is not None:
+        for parameter, gradient in zip(_parameters(optimizer), state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    if box.lr_scheduler is not None:
+        box.lr_scheduler.load_state_dict(state["scheduler"])
+    box.stage_grad_count = state["stage_grad_count"]
+    return box, progress
+
+
+def _modules(job: Job, box: Any) -> dict[str, nn.Module]:
+    """Everything with parameters or buffers that training may change."""
+    modules: dict[str, nn.Module] = {"student": job.student, "criterion": box.criterion}
+    for name in ("teacher_model", "student_model", "model"):
+        if hasattr(box, name):
+            modules[name] = getattr(box, name)
+    wrapper = modules.get("student_model")
+    if isinstance(wrapper, StageWrapper):
+        modules["rule"] = wrapper.rule
+    for name, (loss, _) in getattr(box.criterion, "term_dict", {}).items():
+        if isinstance(loss, nn.Module):  # torchdistill keeps them in a plain dictionary
+            modules[f"loss {name}"] = loss
+    return modules
+
+
+def _changes(name: str, module: nn.Module) -> bool:
+    """Whether training changes a module; in torchdistill's hands even a frozen teacher, by its batch norms."""
+    if name != "teacher_model":
+        return True
+    return module.training or any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
