@@ -48,7 +48,7 @@ def test_run_folder(progressive, run, capsys):
     out = capsys.readouterr().out
     number = r"\d\.\de-\d\d"
     same = rf"largest difference {number} \(random\), {number} \(test images\)"
-    same += "  1 ms an image, 1 times as fast as eager"
+    same += "  1 ms an image, 1.0 times as fast as eager"
     size = r"[\d.]+ [kM]B"
     top1 = r"top-1 \d+\.\d\d instead of \d+\.\d\d %"
     line = [rf"{re.escape(str(folder))}/export/ensemble_1{end}" for end in (r"\.onnx", r"\.int8\.onnx", r"\.pt2")]

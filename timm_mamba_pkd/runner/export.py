@@ -296,7 +296,7 @@ def _export_to_hub(subject: Subject, path: Path, images: dict[str, Tensor], card
 def _time(run: Run, images: dict[str, Tensor], eager_time: float) -> str:
     with torch.inference_mode():
         own = median_time(lambda: run(images["random"][:1]), repeats=200)
-    return f"{own:.3g} ms an image, {eager_time / own:.2g} times as fast as eager"
+    return f"{own:.3g} ms an image, {eager_time / own:.1f} times as fast as eager"
 
 
 def _print(partial: Path, path: Path, found: str) -> None:
