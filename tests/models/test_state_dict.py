@@ -137,7 +137,8 @@ def test_fine_tuning_an_ensemble_to_another_class_count(tmp_path):
 @pytest.mark.parametrize("how", ["checkpoint_path", "local-dir"])
 def test_fine_tuning_a_fitted_ensemble(tmp_path, caplog, how, combination):
     """With the classifiers, the combination starts anew, at the mean; connections and active students stay."""
-    ensemble = make(**ENSEMBLE | {"students": [S1, S1, "test_resnet"]}, combination=combination)
+    students = [S1, S1, "test_resnet"]
+    ensemble = make("mamba_pkd_ensemble", students=students, combination=combination)
     ensemble.connect(1, 1)
     ensemble.set_active(2)
     if ensemble.weights is not None:
@@ -147,9 +148,10 @@ def test_fine_tuning_a_fitted_ensemble(tmp_path, caplog, how, combination):
         model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     else:
         save_weights(ensemble, tmp_path / "w.safetensors")
-        students: Any = {"students": ensemble.names, "combination": combination}
-        path = str(tmp_path / "w.safetensors")
-        model = timm.create_model("mamba_pkd_ensemble", num_classes=7, checkpoint_path=path, **students)
+        path = tmp_path / "w.safetensors"
+        model = checkpoint_path(
+            path, model_name="mamba_pkd_ensemble", students=students, combination=combination, num_classes=7
+        )
     (record,) = [record for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
     assert record.levelno == logging.WARNING and "The classifier starts anew" in record.message
     state = ensemble.state_dict()
@@ -171,7 +173,8 @@ def test_a_damaged_folder_is_refused_for_another_class_count_too(tmp_path):
     state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     del state["students.0.norm.weight"]
     torch.save(state, tmp_path / "pytorch_model.bin")
-    for kwargs in ({}, {"num_classes": 7}):
+    other: dict[str, Any] = {"num_classes": 7}
+    for kwargs in ({}, other):
         with pytest.raises(RuntimeError, match=r"MambaPKDEnsemble: missing students\.0\.norm\.weight$"):
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **kwargs)
 
