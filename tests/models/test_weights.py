@@ -176,6 +176,19 @@ def test_weights_of_another_class_count(tmp_path):
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    model = Tiny(1)
+    model.head.bias.data[1] = value
+    save_weights(model, tmp_path / "w.safetensors")
+    assert_refused(tmp_path / "w.safetensors", r"holds values that are not finite: head.bias$")
+
+
+def test_weights_of_integers(tmp_path):
+    torch.save({**Tiny(1).state_dict(), "head.bias": torch.ones(3, dtype=torch.int64)}, tmp_path / "w.pt")
+    assert_refused(tmp_path / "w.pt", "another model than Tiny: dtype of head.bias torch.int64 instead of torch.float")
+
+
 def test_weights_of_another_student(tmp_path):
     students = [timm.create_model(f"mamba_pkd_s{i}", num_classes=10) for i in (1, 2)]
     save_weights(students[0], tmp_path / "w.safetensors")

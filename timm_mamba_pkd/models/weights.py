@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd.files import whole_file, write_file
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
-from timm_mamba_pkd.models.state_dict import differences
+from timm_mamba_pkd.models.state_dict import differences, not_finite
 
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -102,14 +102,16 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights at ``path`` into ``model``, all of them or none.
 
     Raises:
-        WeightsError: as `read_weights`, or the file belongs to another architecture or class count; the message
-            names the first keys that differ.
+        WeightsError: as `read_weights`, or the file belongs to another architecture or class count, or holds NaN or
+            infinity; the message names the first keys concerned.
     """
     load_state(model, read_weights(path), path)
 
 
 def load_state(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict, which `read_weights` found at ``path``, as `load_weights` does."""
+    if broken := not_finite(found):
+        raise WeightsError(f"weights file {path} holds values that are not finite: {broken}")
     before = None
     if isinstance(model, MambaPKDEnsemble):
         before = dict(model.reuse.items()), model.weights

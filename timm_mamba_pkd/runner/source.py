@@ -66,8 +66,12 @@ class Source:
         """``message``, led by the file and the line."""
         return f"config {self.path}{'' if line is None else f', line {line}'}: {message}"
 
-    def load(self) -> dict[str, Any]:
+    def load(self, leave_out: tuple[str, ...] = (), at: Keys = ()) -> Any:
         """Build what the config describes, as torchdistill does: its tags import and call what they name.
+
+        Args:
+            leave_out: sections that are not built.
+            at: the keys of a part that is built alone; None comes of one that is not there.
 
         Raises:
             ConfigError: something that it calls fails; the line is that of the call.
@@ -75,7 +79,11 @@ class Source:
         yaml_util.load_yaml_file(os.devnull)  # registers torchdistill's tags
         try:
             with self.locating():
-                return _LocatingLoader("").construct_document(self.tree())
+                node: Any = self.tree()
+                node.value = [pair for pair in node.value if pair[0].value not in leave_out]
+                for key in at:
+                    node = child(node, key)
+                return None if node is None else _LocatingLoader("").construct_document(node)
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(self.path, error)) from error
 
