@@ -30,6 +30,7 @@ from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.train import Options, train
+from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def run_check(args: argparse.Namespace) -> None:
             f"  stage {number}: {student}, {stage.epochs} epochs of {stage.steps} steps of "
             f"{1000 * stage.seconds_per_step:.3g} ms, about {duration(stage.seconds)}"
         )
+    report_unreadable(job.datasets)
     total = sum(stage.seconds for stage in estimates)
     cache = ", less what the cache saves" if cached else ""
     print(f"  time: about {duration(total)} on {device} for the training steps alone{cache}")

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.streams import ReadableStream
 
 
 def count_correct(logits: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:
@@ -31,6 +33,7 @@ def evaluate(
         correct += count_correct(logits.float(), targets.to(device), topk).cpu()
         total += len(targets)
     model.train(was_training)
+    _require_all(loader, total)
     return (100 * correct / total).tolist()
 
 
@@ -49,5 +52,16 @@ def evaluate_ensemble(
         correct += count_correct(both, targets.to(device), (1,))[..., 0].cpu()
         total += len(targets)
     ensemble.train(was_training)
+    _require_all(loader, total)
     alone, together = (100 * correct / total).tolist()
     return alone, together
+
+
+def _require_all(loader: DataLoader, seen: int) -> None:
+    """Raise a ConfigError if not every sample of a stream was seen: timm's readers pass over broken ones."""
+    stream = getattr(loader, "dataset", None)
+    if isinstance(stream, ReadableStream) and seen != stream.num_samples:
+        raise ConfigError(
+            f"data set '{stream.name}' gave {seen} samples instead of {stream.num_samples}: an evaluation leaves "
+            "nothing out; either timm's warnings say what cannot be read, or num_samples is wrong"
+        )

@@ -18,7 +18,9 @@ from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.streams import start_epoch
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore
+from timm_mamba_pkd.runner.unreadable import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
         self.box.pre_epoch_process(epoch=self.progress.epoch)
+        start_epoch(self.box.train_data_loader, self.progress.epoch)
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
@@ -111,7 +114,7 @@ class Trainer:
         log_freq = self.job.config["train"].get("log_freq", 1000)
         total, before = len(batches), progress.seconds
         started, done_before = time.perf_counter(), progress.samples
-        left = batches.epoch(progress.samples, after)
+        left = reporting(self.job.datasets, batches.epoch(progress.samples, after))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
             loss = self._step(images, targets, supp_dict, indices)
