@@ -23,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-disable_cudnn_benchmark", action="store_true", help="disable torch.backend.cudnn.benchmark")
     run.add_argument("-student_only", action="store_true", help="test the student model only")
     run.add_argument("-log_config", action="store_true", help="log config")
-    run.add_argument("--amp", action="store_true", help="bfloat16 autocast (also: amp: True under train in the config)")
+    run.add_argument("--amp", action="store_true", help="autocast (also: amp: True under train in the config)")
+    run.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="dtype of autocast (default: bfloat16)")
     run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
 

@@ -23,8 +23,10 @@ from timm_mamba_pkd.distillation.stage import CACHED_TEACHER, STAGE_WRAPPER
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
+from timm_mamba_pkd.runner.step import require_our_step
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -47,7 +49,7 @@ class StageEstimate:
         return self.epochs * self.steps * self.seconds_per_step
 
 
-def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstimate]:
+def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> list[StageEstimate]:
     """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
 
     It works on copies and puts the random number generators back: a run is the same with and without it.
@@ -115,19 +117,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
 
 
-def _copy(job: Job, amp: bool) -> Job:
+def _copy(job: Job, amp: torch.dtype | None) -> Job:
     """The job with its own models and ``train`` section, and of that only the stages: the rest writes files."""
     train = job.config["train"]
     train = {key: train[key] for key in train if key.startswith("stage")} or train
     teacher, student, train = copy.deepcopy((job.teacher, job.student, train))
     trial = dataclasses.replace(job, teacher=teacher, student=student, config={**job.config, "train": train})
-    for model in (teacher, student) if amp else ():
+    for model in (teacher, student) if amp is not None else ():
         if model is not None:
             model.register_forward_hook(lambda module, args, output: output.float())  # as `train` does
     return trial
 
 
-def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEstimate]:
+def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iterator[StageEstimate]:
     box: Any = None
     for number, stage in enumerate(stages(job.config["train"]), start=1):
         name = f"stage{number}"
@@ -141,6 +143,7 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
             else:
                 box.current_epoch = box.stage_end_epoch
                 box.advance_to_next_stage()
+        require_our_step(box, amp, name)
         _check_ignored(box, stage, name)
         for loader in ("train_data_loader", "val_data_loader"):
             if len(getattr(box, loader)) == 0:
@@ -202,7 +205,7 @@ def _first_batch(loader: DataLoader, stage: str) -> Any:
     return images, targets, supp_dict
 
 
-def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, stage: str) -> float:
+def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: torch.dtype | None, stage: str) -> float:
     """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took."""
     images, targets, supp_dict = batch
     criterion = ("train", stage, "criterion")
@@ -214,7 +217,7 @@ def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, s
         raise ConfigError(message, at=("train", stage, "train_data_loader"))
     started = time.perf_counter()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             loss = box.forward_process(images.to(device), targets.to(device), supp_dict)
     except KeyError as error:
         message = f"train.{stage}: a loss reads {error}, which no forward_hook of this stage records{_recorded(box)}"
@@ -293,6 +296,9 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str) -> None:
         message = f"train.{name}: the scheduler is made for {total} steps, but the stage takes {steps}"
         raise ConfigError(message, at=at)
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if plateau and every > 0:
+        message = f"train.{name}: ReduceLROnPlateau steps on the validation's accuracy: remove scheduling_step"
+        raise ConfigError(message, at=at)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer does not step

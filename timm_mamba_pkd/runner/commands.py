@@ -31,7 +31,13 @@ from timm_mamba_pkd.runner.train import Options, train
 
 logger = logging.getLogger(__name__)
 
-FLAGS_OF_A_RUN = ("seed", "amp", "channels-last", "on-nonfinite")  # with others it would come to other weights
+FLAGS_OF_A_RUN = (  # with others it would come to other weights
+    "seed",
+    "amp",
+    "amp-dtype",
+    "channels-last",
+    "on-nonfinite",
+)
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -179,8 +185,8 @@ def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
 
-def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
-    """Seed, device, and the job of the config; whether to use autocast."""
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, torch.dtype | None]:
+    """Seed, device, the job of the config, and the dtype of its automatic mixed precision."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
     if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
@@ -199,7 +205,22 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return device, job, args.amp or bool(job.config["train"].get("amp"))
+    return device, job, _precision(args, job)
+
+
+def _precision(args: argparse.Namespace, job: Job) -> torch.dtype | None:
+    """What ``--amp`` and ``--amp-dtype`` say, and ``amp`` under ``train`` in the config."""
+    by_config = job.config["train"].get("amp")
+    if not args.amp and not by_config:
+        if args.amp_dtype is not None:
+            raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp")
+        return None
+    if by_config not in (None, False, True, "bfloat16", "float16"):
+        with job.source.locating():
+            message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
+            raise ConfigError(message, at=("train", "amp"))
+    named = by_config if isinstance(by_config, str) else "bfloat16"
+    return getattr(torch, args.amp_dtype or named)
 
 
 def _keep_freed_memory() -> None:
@@ -235,7 +256,7 @@ def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path
     return saved
 
 
-def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: bool) -> list[Row]:
+def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: torch.dtype | None) -> list[Row]:
     rows = measure(job, device, amp, args.student_only)
     print(to_text(rows))
     return rows

@@ -15,9 +15,11 @@ from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.step import Step
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore
 
 logger = logging.getLogger(__name__)
@@ -31,11 +33,11 @@ class Options:
     """How to train, beyond what the config says.
 
     Attributes:
-        amp: under bfloat16 autocast.
+        amp: dtype of the automatic mixed precision, None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
     """
 
-    amp: bool = False
+    amp: torch.dtype | None = None
     on_nonfinite: str = "stop"
 
 
@@ -62,14 +64,16 @@ class Trainer:
         self.job, self.run, self.device, self.options = job, run, device, options
         self.checkpoints = Checkpoints(run.checkpoints)
         self._last_saved = time.monotonic()
-        if options.amp:
+        if options.amp is not None:
             _keep_logits_in_float32(job)
         self._resumed = self.checkpoints.load()
+        self.step = Step(device, options.amp)
         self.box: Any
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
             self.box, self.progress = restore(self._resumed, job, device)
+            self.step.scaler.load_state_dict(self._resumed["scaler"])
         self.box.can_extend = True  # a stage may be trained again
         self.run.rewrite_metrics(self.progress.metrics)
 
@@ -135,7 +139,7 @@ class Trainer:
             )
         images, targets = images.to(self.device), targets.to(self.device)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            with autocast(self.device, self.options.amp):
                 loss = box.forward_process(images, targets, supp_dict)
         except KeyError as error:
             raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
@@ -147,7 +151,7 @@ class Trainer:
             return value
         self.progress.total_loss += value * len(targets)
         self.progress.counted += len(targets)
-        box.post_forward_process(loss=loss)
+        self.step(box, loss)
         return value
 
     def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
@@ -173,6 +177,7 @@ class Trainer:
                 where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
+        state["scaler"] = self.step.scaler.state_dict()
         stage, progress = state["stage"], self.progress
         self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
         self._last_saved = time.monotonic()
@@ -181,7 +186,7 @@ class Trainer:
         """What follows the steps of an epoch; it changes nothing that would not come out the same if done again."""
         job, box, progress, options = self.job, self.box, self.progress, self.options
         if isinstance(job.student, MambaPKDEnsemble) and progress.epoch + 1 == getattr(box, "stage_end_epoch", None):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.amp):
+            with autocast(self.device, options.amp):
                 finish_stage(box)
         lr = box.optimizer.param_groups[0]["lr"]
         record = {
@@ -212,7 +217,7 @@ class Trainer:
             progress.skipped = 0
 
 
-def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
+def _validate(job: Job, box: Box, device: torch.device, amp: torch.dtype | None) -> dict[str, Any]:
     loader: Any = box.val_data_loader
     if not isinstance(job.student, MambaPKDEnsemble):
         top1 = evaluate(job.student, loader, device, (1,), amp, "validation")[0]
