@@ -36,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="what to do with a batch whose loss is not finite; skip gives up after 10 in a stage (default: stop)",
     )  # fmt: skip
+    train.add_argument(
+        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND",
+        help="compile teacher and students by torch.compile (default backend: inductor)",
+    )  # fmt: skip
+    train.add_argument("--model-ema", action="store_true", help="validate, save and hand on the average of the weights")
+    train.add_argument(
+        "--model-ema-decay", type=share, default=0.9998, help="what a step keeps of the average (default: 0.9998)"
+    )
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
@@ -81,6 +89,14 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and {2**32 - 1}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
 
 

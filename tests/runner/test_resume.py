@@ -83,3 +83,14 @@ def test_progressive_run_goes_on_at_any_step(n, rich, run, signal_at, monkeypatc
     assert code == 143
     assert run(rich)[0] == 0
     assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("n", [6, 14])
+def test_averaged_float16_run_goes_on(n, rich, run, signal_at):
+    flags = ("--model-ema", "--model-ema-decay", "0.7", "--amp", "--amp-dtype", "float16")
+    code, whole = run(rich, *flags, output="whole")
+    assert code == 0
+    signal_at(training.Trainer, "_step", n)
+    assert run(rich, *flags)[0] == 143
+    assert run(rich, *flags)[0] == 0
+    assert_same_run(whole, run(rich, *flags)[1])

@@ -21,6 +21,7 @@ from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
+from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
@@ -36,6 +37,9 @@ FLAGS_OF_A_RUN = (  # with others it would come to other weights
     "amp",
     "amp-dtype",
     "channels-last",
+    "torchcompile",
+    "model-ema",
+    "model-ema-decay",
     "on-nonfinite",
 )
 
@@ -70,6 +74,9 @@ def run_train(args: argparse.Namespace) -> None:
     run = _run_folder(args)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--output {run.path} is a file: name a folder")
+    if args.torchcompile is not None:
+        require_backend(args.torchcompile)
+    decay = args.model_ema_decay if args.model_ema else None
     flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
     with ExitStack() as stack:
         if run.begun:
@@ -97,10 +104,13 @@ def run_train(args: argparse.Namespace) -> None:
             if args.log_config:
                 logger.info(job.config)
             try:
-                train(job, run, device, Options(amp, args.on_nonfinite))
+                options = Options(amp, args.torchcompile, decay, args.on_nonfinite)
+                with explaining(args.torchcompile):
+                    train(job, run, device, options)
             except CacheError as error:
                 raise ConfigError(str(error)) from error
-            _report(args, run, device, _test(args, job, device, amp))
+            with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
+                _report(args, run, device, _test(args, job, device, amp))
 
 
 def _begin(

@@ -11,9 +11,11 @@ from torch import nn
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner import interrupts
+from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
@@ -34,10 +36,14 @@ class Options:
 
     Attributes:
         amp: dtype of the automatic mixed precision, None for none.
+        torchcompile: backend of ``torch.compile`` for teacher and students, None for none.
+        ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
     """
 
     amp: torch.dtype | None = None
+    torchcompile: str | None = None
+    ema_decay: float | None = None
     on_nonfinite: str = "stop"
 
 
@@ -68,12 +74,15 @@ class Trainer:
             _keep_logits_in_float32(job)
         self._resumed = self.checkpoints.load()
         self.step = Step(device, options.amp)
+        self.average: WeightAverage | None = None
         self.box: Any
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
             self.box, self.progress = restore(self._resumed, job, device)
             self.step.scaler.load_state_dict(self._resumed["scaler"])
+        if options.torchcompile is not None:
+            compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
         self.run.rewrite_metrics(self.progress.metrics)
 
@@ -98,6 +107,10 @@ class Trainer:
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
+        if self.average is None and self.options.ema_decay is not None:
+            self.average = WeightAverage(in_training(self.job.student, self.box), self.options.ema_decay)
+            if resumed is not None and resumed["average"] is not None:
+                self.average.load_state_dict(resumed["average"])
         if progress.trained and resumed is not None:
             batches.set_random_state(resumed["random"])
             return
@@ -152,6 +165,8 @@ class Trainer:
         self.progress.total_loss += value * len(targets)
         self.progress.counted += len(targets)
         self.step(box, loss)
+        if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
+            self.average.update()
         return value
 
     def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
@@ -178,6 +193,7 @@ class Trainer:
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
         state["scaler"] = self.step.scaler.state_dict()
+        state["average"] = None if self.average is None else self.average.state_dict()
         stage, progress = state["stage"], self.progress
         self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
         self._last_saved = time.monotonic()
@@ -185,7 +201,10 @@ class Trainer:
     def _finish_epoch(self, stage: int) -> None:
         """What follows the steps of an epoch; it changes nothing that would not come out the same if done again."""
         job, box, progress, options = self.job, self.box, self.progress, self.options
-        if isinstance(job.student, MambaPKDEnsemble) and progress.epoch + 1 == getattr(box, "stage_end_epoch", None):
+        ends = progress.epoch + 1 == getattr(box, "stage_end_epoch", box.num_epochs)
+        if self.average is not None:
+            self.average.swap()
+        if isinstance(job.student, MambaPKDEnsemble) and ends:
             with autocast(self.device, options.amp):
                 finish_stage(box)
         lr = box.optimizer.param_groups[0]["lr"]
@@ -207,6 +226,10 @@ class Trainer:
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
         )  # fmt: skip
         _save_weights(job.student, box, self.run)
+        if self.average is not None and not ends:
+            self.average.swap()
+        elif ends:
+            self.average = None  # it has taken the place of the weights
         if record["val_top1"] > progress.best.get(stage, -1.0):
             progress.best[stage] = record["val_top1"]
             last = self.checkpoints.last()
