@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from timm_mamba_pkd.distillation.views import Views
 from timm_mamba_pkd.runner.random_state import RandomState, random_state, set_random_state
@@ -21,10 +21,9 @@ class Batches:
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
-        self._replays = loader.batch_sampler is None or (
-            loader.num_workers > 0 and not isinstance(loader.dataset, Views)
-        )
-        self._order = None if loader.batch_sampler is None else _Order(loader.batch_sampler)
+        streams = loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset)
+        self._replays = streams or (loader.num_workers > 0 and not isinstance(loader.dataset, Views))
+        self._order = None if streams else _Order(loader.batch_sampler)
         self._ordered = loader if self._order is None else _with_order(loader, self._order)
         sources = (loader, loader.sampler, loader.batch_sampler)
         found = {id(g): g for source in sources if (g := getattr(source, "generator", None)) is not None}

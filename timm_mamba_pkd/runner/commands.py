@@ -130,7 +130,7 @@ def _begin(
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights; report where a run has no report yet."""
+    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights."""
     run = _run_folder(args)
     device, job, amp = _set_up(args)
     checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
@@ -140,10 +140,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     with _logging_to(args.run_log) if args.run_log else nullcontext():
-        rows = _test(args, job, device, amp)
-        own = checkpoint.parent == run.weights("").parent
-        if own and not args.student_only and not (run.path / "results.csv").exists():
-            _report(args, run, device, rows)
+        _test(args, job, device, amp)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -151,7 +148,7 @@ def run_report(args: argparse.Namespace) -> None:
     run = RunFolder(args.output)
     results = run.path / "results.csv"
     if not results.is_file() and run.config.is_file():
-        raise ConfigError(f"the run in {run.path} has not finished: test it with: mamba-pkd evaluate")
+        raise ConfigError(f"the run in {run.path} has not finished: the same mamba-pkd train goes on with it")
     if not results.is_file():
         raise ConfigError(f"{run.path} holds no finished run (no results.csv): train one with: mamba-pkd train")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.models import MambaPKDEnsemble
@@ -50,7 +51,7 @@ def explaining(backend: str | None) -> Iterator[None]:
     """A compiler that fails in this context is a ConfigError."""
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         reason = first_line(getattr(error, "inner_exception", error))
         raise ConfigError(
             f"--torchcompile {backend} fails ({reason}): leave it out, or name another backend"
