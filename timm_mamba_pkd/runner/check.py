@@ -27,6 +27,8 @@ from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
 from timm_mamba_pkd.runner.step import require_our_step
+from timm_mamba_pkd.runner.tracking import require_tracker
+from timm_mamba_pkd.runner.training_state import Progress, capture
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -34,7 +36,10 @@ SLOW = 2.0
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a run: its student (of a progressive schedule), its length, and what it will take, roughly."""
+    """One stage of a run: its student (of a progressive schedule), its length, and what it will take, roughly.
+
+    ``checkpoint_bytes`` is the size of a checkpoint, ``trained_bytes`` that of the parameters in training.
+    """
 
     student: str | None
     epochs: int
@@ -42,6 +47,8 @@ class StageEstimate:
     seconds_per_step: float
     cache_bytes: int
     cache_dir: str | None
+    checkpoint_bytes: int = 0
+    trained_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -58,6 +65,8 @@ def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> lis
         ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
             parameter that it does not read or a path that no hook records, a loader has no batch, ...
     """
+    with job.source.locating():
+        require_tracker(job)
     logs = logging.getLogger("torchdistill")
     level = logs.level
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
@@ -69,20 +78,28 @@ def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> lis
         logs.setLevel(level)
 
 
-def run_bytes(job: Job) -> int:
-    """What the weights files of a run take on disk."""
+def run_bytes(job: Job, estimates: list[StageEstimate], averages: bool = False) -> int:
+    """The most that weights and checkpoints of a run take on disk: the last two, one being written, the best of each
+    stage. ``averages`` are those of the weights, which belong to a checkpoint."""
     model = sum(tensor.numel() * tensor.element_size() for tensor in job.student.state_dict().values())
-    return model * (1 + isinstance(job.student, MambaPKDEnsemble) + (job.destination is not None))
+    weights = model * (1 + isinstance(job.student, MambaPKDEnsemble) + (job.destination is not None))
+    checkpoints = [stage.checkpoint_bytes + averages * stage.trained_bytes for stage in estimates]
+    return weights + 3 * max(checkpoints, default=0) + sum(checkpoints)
 
 
-def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tuple[int, int]:
-    """Bytes that a run in ``folder`` writes there and into its caches.
+def require_space(
+    job: Job, folder: Path, estimates: list[StageEstimate], averages: bool = False, resuming: bool = False
+) -> tuple[int, int]:
+    """Bytes that a run in ``folder`` writes there and into its caches; what a run to resume has there is not asked for.
 
     Raises:
         ConfigError: they do not fit the disks.
     """
     cached = sum(stage.cache_bytes for stage in estimates)
-    wanted = {folder: run_bytes(job)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
+    written = run_bytes(job, estimates, averages)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if resuming else 0
+    cached = 0 if resuming else cached  # a cache asks for what it lacks
+    wanted = {folder: max(written - there, 0)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
     wanted[list(wanted)[-1]] += cached
     disks: dict[int, tuple[Path, int]] = {}
     for path, number in wanted.items():
@@ -97,7 +114,7 @@ def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tup
             message = f"the run needs about {size(needed)}{cache}, but only {size(free)} are free in {existing}"
             with job.source.locating():
                 raise ConfigError(message, at=("train", "views", "num_views") if cached else ("train",))
-    return run_bytes(job), cached
+    return written, cached
 
 
 def size(number: float) -> str:
@@ -165,8 +182,33 @@ def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iter
             seconds_per_step=seconds,
             cache_bytes=getattr(wrapper, "cache_bytes", 0),
             cache_dir=wrapper.cache_dir if isinstance(wrapper, StageWrapper) else None,
+            **_checkpoint_sizes(job, box),
         )
     box.clean_modules()
+
+
+def _checkpoint_sizes(job: Job, box: Any) -> dict[str, int]:
+    """Of a checkpoint of the stage, with two numbers of the optimizer for each trained one, as AdamW has them."""
+    parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    state = _tensor_bytes(capture(job, box, Progress(), random_state()))
+    accumulated = trained if box.grad_accum_step > 1 else 0
+    return {"checkpoint_bytes": state + 2 * trained + accumulated, "trained_bytes": trained}
+
+
+def _tensor_bytes(state: Any) -> int:
+    """Of the tensors in nested data; what shares memory counts once, as in a torch file."""
+    found: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = max(found.get(value.data_ptr(), 0), value.numel() * value.element_size())
+        elif isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                walk(part)
+
+    walk(state)
+    return sum(found.values())
 
 
 @contextmanager

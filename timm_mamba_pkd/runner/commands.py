@@ -7,27 +7,31 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchdistill.common.constant import LOGGING_FORMAT
 from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.distillation import CacheError
+from timm_mamba_pkd.files import WriteError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
+from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.expand import expand
+from timm_mamba_pkd.runner.log_file import logging_to
+from timm_mamba_pkd.runner.record import versions
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.schema import schedule_arguments
+from timm_mamba_pkd.runner.tracking import tracking
 from timm_mamba_pkd.runner.train import Options, train
 
 logger = logging.getLogger(__name__)
@@ -95,27 +99,35 @@ def run_train(args: argparse.Namespace) -> None:
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
-        require_space(job, run.path, check(job, device, amp))
+        estimates = check(job, device, amp)
+        require_space(job, run.path, estimates, args.model_ema, resuming)
         if destination is not None:
             make_folder(destination.parent)
         if not resuming:
-            _begin(args, run, flags, stack, destination)
-        with _logging_to(args.run_log or run.log):
+            with _keeping(run):
+                _begin(args, job, run, flags, stack)
+        with logging_to(args.run_log or run.log), _keeping(run):
             if args.log_config:
                 logger.info(job.config)
-            try:
-                options = Options(amp, args.torchcompile, decay, args.on_nonfinite)
-                with explaining(args.torchcompile):
-                    train(job, run, device, options)
-            except CacheError as error:
-                raise ConfigError(str(error)) from error
+            options = Options(amp, args.torchcompile, decay, args.on_nonfinite)
+            with explaining(args.torchcompile), tracking(job) as tracker:
+                train(job, run, device, options, estimates, tracker)
             with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
                 _report(args, run, device, _test(args, job, device, amp))
 
 
-def _begin(
-    args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack, destination: Path | None
-) -> None:
+@contextmanager
+def _keeping(run: RunFolder) -> Iterator[None]:
+    """A file that cannot be written in this context, for the user: what it was, and what is left of the run."""
+    try:
+        yield
+    except (WriteError, CacheError) as error:
+        last = Checkpoints(run.checkpoints).last()
+        kept = "" if last is None else f"; the last good checkpoint is {last}"
+        raise ConfigError(f"{error}{kept}") from error
+
+
+def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> None:
     """Start a run in an empty folder, or beside an old one that ``--fresh`` moves away."""
     begun = run.begun
     if not begun:
@@ -123,10 +135,21 @@ def _begin(
         if run.begun:
             raise ConfigError(f"another run has just started in {run.path}: choose another --output")
     if args.fresh:
-        old = run.move_away(*([] if destination is None else [destination]))
+        old = run.move_away(*([] if job.destination is None else [job.destination]))
         if old is not None:
             logger.info("Moved the run before to %s", old)
-    run.create(args.config, {"flags": flags})
+    run.create(args.config, _expanded(args, job), flags)
+
+
+def _expanded(args: argparse.Namespace, job: Job) -> str | None:
+    """What a progressive schedule in the config stands for."""
+    if schedule_arguments(job.source.root) is None:
+        return None
+    try:
+        return expand(args.config)
+    except ConfigError as error:  # its arguments are made by tags, which `expand` does not execute
+        logger.warning("The schedule is not written out: %s", error)
+        return None
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -139,7 +162,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         load_weights(job.student, checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
-    with _logging_to(args.run_log) if args.run_log else nullcontext():
+    with logging_to(args.run_log) if args.run_log else nullcontext():
         _test(args, job, device, amp)
 
 
@@ -165,11 +188,8 @@ def run_report(args: argparse.Namespace) -> None:
 def run_doctor(args: argparse.Namespace) -> None:
     """``mamba-pkd doctor``: versions, hardware, and for every backend of the scan whether it can serve, or why not."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("timm_mamba_pkd", "torch", "timm", "torchdistill", "mamba-ssm", "triton"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
+    for package, version in versions().items():
+        print(f"{package} {version or 'is not installed'}")
     devices = [torch.device("cpu")]
     kernels = None if native.unavailable(devices[0]) else native.INSTRUCTION_SETS[native.instruction_set()]
     print(f"cpu: {torch.get_num_threads()} threads" + (f", native kernels for {kernels}" if kernels else ""))
@@ -237,22 +257,6 @@ def _keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # of malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
-
-
-@contextmanager
-def _logging_to(path: str | Path) -> Iterator[None]:
-    """Append all log lines to a file, too."""
-    path = Path(path).expanduser()
-    make_folder(path.parent)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOGGING_FORMAT))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
 
 
 def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path:

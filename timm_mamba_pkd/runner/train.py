@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,18 @@ from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import Box, build_box
+from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
+from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.step import Step
+from timm_mamba_pkd.runner.time_left import time_left
+from timm_mamba_pkd.runner.tracking import Tracker
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore
 
 logger = logging.getLogger(__name__)
@@ -47,11 +52,18 @@ class Options:
     on_nonfinite: str = "stop"
 
 
-def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+def train(
+    job: Job,
+    run: RunFolder,
+    device: torch.device,
+    options: Options,
+    estimates: Sequence[StageEstimate],
+    tracker: Tracker,
+) -> None:
     """Train every stage of ``job`` and leave checkpoints, metrics and weights in ``run``, from where it had stopped.
 
-    Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
-    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
+    Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
+    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
     Raises:
@@ -60,14 +72,23 @@ def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> N
         FloatingPointError: the loss is not finite.
         Interrupted: a signal came; what was trained is saved.
     """
-    Trainer(job, run, device, options).train()
+    Trainer(job, run, device, options, estimates, tracker).train()
 
 
 class Trainer:
     """A run in training: the config's job in torchdistill's box."""
 
-    def __init__(self, job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run: RunFolder,
+        device: torch.device,
+        options: Options,
+        estimates: Sequence[StageEstimate],
+        tracker: Tracker,
+    ) -> None:
         self.job, self.run, self.device, self.options = job, run, device, options
+        self.estimates, self.tracker = estimates, tracker
         self.checkpoints = Checkpoints(run.checkpoints)
         self._last_saved = time.monotonic()
         if options.amp is not None:
@@ -81,6 +102,8 @@ class Trainer:
         else:
             self.box, self.progress = restore(self._resumed, job, device)
             self.step.scaler.load_state_dict(self._resumed["scaler"])
+        last = None if self._resumed is None else self.checkpoints.last()
+        run.note_start(describe_start(device, None if last is None else last.name))
         if options.torchcompile is not None:
             compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
@@ -137,11 +160,18 @@ class Trainer:
             progress.seconds = before + time.perf_counter() - started
             if progress.steps % log_freq == 0:
                 rate = (progress.samples - done_before) / (time.perf_counter() - started)
-                logger.info("%s  step %d/%d  loss %.4f  %.0f images/s", title, progress.steps, total, loss, rate)
+                message = "%s  step %d/%d  loss %.4f  %.0f images/s  %s"
+                logger.info(message, title, progress.steps, total, loss, rate, self._time_left())
             if interrupts.received():
                 return
             if time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS:
                 self._save(batches)
+
+    def _time_left(self) -> str:
+        progress, box = self.progress, self.box
+        epochs = getattr(box, "stage_end_epoch", box.num_epochs) - progress.epoch
+        steps = epochs * len(box.train_data_loader) - progress.steps
+        return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
         """Forward, loss, backward, and the optimizer's step; returns the loss."""
@@ -219,11 +249,13 @@ class Trainer:
         }
         progress.metrics.append(record)
         self.run.log_metrics(record)
+        self.tracker.log(record)
         alone = record["val_top1_student"]
         logger.info(
-            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
+            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s%s",
             stage, progress.epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
+            f"  {self._time_left()}" if progress.epoch + 1 < box.num_epochs else "",
         )  # fmt: skip
         _save_weights(job.student, box, self.run)
         if self.average is not None and not ends:
