@@ -5,7 +5,7 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +24,11 @@ from timm_mamba_pkd.runner.check import check, duration, require_space, size
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.train import Options, train
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def run_check(args: argparse.Namespace) -> None:
 
 def run_expand(args: argparse.Namespace) -> None:
     """``mamba-pkd expand``: print the torchdistill YAML that a progressive schedule stands for."""
-    print(expand(args.config), end="")
+    print(expand(args.config, args.safe_config), end="")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -115,6 +117,11 @@ def _begin(
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights."""
+    if getattr(args, "model", None) is not None:
+        _refuse(args, ("output", "cache_dir", "run_log", "safe_config", "student_only", "log_config"), "--config")
+        evaluate_named(args)
+        return
+    _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
     run = _run_folder(args)
     device, job, amp = _set_up(args)
     checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
@@ -125,6 +132,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise ConfigError(str(error)) from error
     with _logging_to(args.run_log) if args.run_log else nullcontext():
         _test(args, job, device, amp)
+
+
+def _refuse(args: argparse.Namespace, flags: Sequence[str], other: str) -> None:
+    for flag in flags:
+        if getattr(args, flag, None):
+            raise ConfigError(f"--{flag.replace('_', '-')} is for evaluate {other}: leave it out")
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -172,6 +185,12 @@ def run_doctor(args: argparse.Namespace) -> None:
             print(f"  {name}: {reason or 'can serve'}")
 
 
+def safe_folders(args: argparse.Namespace) -> Folders | None:
+    """Where a run with ``--safe-config`` may write; None without the flag."""
+    cache = None if args.cache_dir is None else Path(args.cache_dir)
+    return Folders(_run_folder(args).path, cache) if args.safe_config else None
+
+
 def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
@@ -189,7 +208,7 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
     _keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
     set_seed(args.seed)
-    job = prepare(args.config, device)
+    job = prepare(args.config, device, args.cache_dir, safe_folders(args))
     for warning in job.warnings:
         logger.warning(warning)
     if args.channels_last:

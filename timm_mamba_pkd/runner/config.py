@@ -16,7 +16,8 @@ from torchdistill.datasets.util import build_data_loader
 
 from timm_mamba_pkd.distillation import build_model, unknown_name
 from timm_mamba_pkd.runner.errors import ConfigError, Keys, explain, first_line
-from timm_mamba_pkd.runner.schema import check_schema
+from timm_mamba_pkd.runner.safe_config import Folders, require_safe
+from timm_mamba_pkd.runner.schema import check_schema, set_cache_dir
 from timm_mamba_pkd.runner.source import Source, child, pairs
 
 __all__ = ["ConfigError", "Job", "Trained", "first_line", "prepare", "prepare_trained", "stages"]
@@ -60,8 +61,16 @@ class Job:
         return self.config["models"][self.student_role]
 
 
-def prepare(config_path: str | Path, device: torch.device) -> Job:
+def prepare(
+    config_path: str | Path, device: torch.device, cache_dir: str | None = None, safe: Folders | None = None
+) -> Job:
     """Read and check a config, then build its data sets and models and try them on one sample of each data set.
+
+    Args:
+        config_path: of the YAML file.
+        device: for the models.
+        cache_dir: where cached logits go, in place of the config's ``cache_dir``.
+        safe: refuse what `require_safe` refuses, with these folders to write to.
 
     Raises:
         ConfigError: the file is no config (see `Source.read` and `check_schema`); something it calls fails (data not
@@ -69,6 +78,10 @@ def prepare(config_path: str | Path, device: torch.device) -> Job:
             cannot take the images; teacher and student with different class counts; top-k with k above that count.
     """
     source = Source.read(config_path)
+    if cache_dir is not None and not set_cache_dir(source.root, cache_dir) and safe is None:
+        raise ConfigError(source.say("--cache-dir is for a progressive schedule, and train is none", None))
+    if safe is not None:
+        require_safe(source, safe)
     warnings = check_schema(source)
     config = source.load()
     with source.locating():
@@ -153,14 +166,16 @@ class Trained:
     missing: str = ""
 
 
-def prepare_trained(config_path: str | Path) -> Trained:
-    """Read a config, and build its model and, where they can be read, its data sets.
+def prepare_trained(config_path: str | Path, safe: Folders | None = None) -> Trained:
+    """Read a config, and build its model and, where they can be read, its data sets; ``safe`` is that of `prepare`.
 
     Raises:
         ConfigError: the file is no config, it names no model that can be built, the model cannot take the images, or
             there are no images and the model is made for none in particular.
     """
     source = Source.read(config_path)
+    if safe is not None:
+        require_safe(source, safe)
     check_schema(source)
     missing = ""
     try:

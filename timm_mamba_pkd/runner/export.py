@@ -30,6 +30,7 @@ from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _find(args: argparse.Namespace) -> Subject:
     config = None
     if args.config is not None:
         _refuse_sizes(args, f"--config {args.config}")
-        config = prepare_trained(args.config)
+        config = prepare_trained(args.config, _folders(args, RunFolder(Path("runs") / args.model)))
         channels, *size = config.input_size
         sizes = {"num_classes": config.num_classes, "in_chans": channels, "img_size": tuple(size)}
     whole, input_size = create_named(args.model, **sizes)
@@ -160,12 +161,16 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder) -> Subject:
     if args.config is not None:
         raise ConfigError(f"--config is that of the run in {args.model}: leave it out")
     _refuse_sizes(args, f"the run in {args.model}")
-    config = prepare_trained(run.config)
+    config = prepare_trained(run.config, _folders(args, run))
     exportable = config.exportable()
     ensemble = isinstance(config.model, MambaPKDEnsemble)
     _load(config.model, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
     exportable.load_state_dict(config.model.state_dict())
     return _subject(args, config.name, config.model, exportable, config.input_size, config, run)
+
+
+def _folders(args: argparse.Namespace, run: RunFolder) -> Folders | None:
+    return Folders(run.path if args.output is None else Path(args.output)) if args.safe_config else None
 
 
 def _refuse_sizes(args: argparse.Namespace, source: str) -> None:
