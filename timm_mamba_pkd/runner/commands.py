@@ -7,33 +7,48 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchdistill.common.constant import LOGGING_FORMAT
 from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd.distillation import CacheError
+from timm_mamba_pkd.files import WriteError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.check import check, duration, require_space, size
+from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
+from timm_mamba_pkd.runner.log_file import logging_to
+from timm_mamba_pkd.runner.record import versions
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
+from timm_mamba_pkd.runner.schema import schedule_arguments
+from timm_mamba_pkd.runner.tracking import tracking
 from timm_mamba_pkd.runner.train import Options, train
+from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
 
-FLAGS_OF_A_RUN = ("seed", "amp", "channels-last", "on-nonfinite")  # with others it would come to other weights
+FLAGS_OF_A_RUN = (  # with others it would come to other weights
+    "seed",
+    "amp",
+    "amp-dtype",
+    "channels-last",
+    "torchcompile",
+    "model-ema",
+    "model-ema-decay",
+    "on-nonfinite",
+)
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -49,6 +64,7 @@ def run_check(args: argparse.Namespace) -> None:
             f"  stage {number}: {student}, {stage.epochs} epochs of {stage.steps} steps of "
             f"{1000 * stage.seconds_per_step:.3g} ms, about {duration(stage.seconds)}"
         )
+    report_unreadable(job.datasets)
     total = sum(stage.seconds for stage in estimates)
     cache = ", less what the cache saves" if cached else ""
     print(f"  time: about {duration(total)} on {device} for the training steps alone{cache}")
@@ -66,6 +82,9 @@ def run_train(args: argparse.Namespace) -> None:
     run = _run_folder(args)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--output {run.path} is a file: name a folder")
+    if args.torchcompile is not None:
+        require_backend(args.torchcompile)
+    decay = args.model_ema_decay if args.model_ema else None
     flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
     with ExitStack() as stack:
         if run.begun:
@@ -84,24 +103,35 @@ def run_train(args: argparse.Namespace) -> None:
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
-        require_space(job, run.path, check(job, device, amp))
+        estimates = check(job, device, amp)
+        require_space(job, run.path, estimates, args.model_ema, resuming)
         if destination is not None:
             make_folder(destination.parent)
         if not resuming:
-            _begin(args, run, flags, stack, destination)
-        with _logging_to(args.run_log or run.log):
+            with _keeping(run):
+                _begin(args, job, run, flags, stack)
+        with logging_to(args.run_log or run.log), _keeping(run):
             if args.log_config:
                 logger.info(job.config)
-            try:
-                train(job, run, device, Options(amp, args.on_nonfinite))
-            except CacheError as error:
-                raise ConfigError(str(error)) from error
-            _report(args, run, device, _test(args, job, device, amp))
+            options = Options(amp, args.torchcompile, decay, args.on_nonfinite)
+            with explaining(args.torchcompile), tracking(job) as tracker:
+                train(job, run, device, options, estimates, tracker)
+            with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
+                _report(args, run, device, _test(args, job, device, amp))
 
 
-def _begin(
-    args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack, destination: Path | None
-) -> None:
+@contextmanager
+def _keeping(run: RunFolder) -> Iterator[None]:
+    """A file that cannot be written in this context, for the user: what it was, and what is left of the run."""
+    try:
+        yield
+    except (WriteError, CacheError) as error:
+        last = Checkpoints(run.checkpoints).last()
+        kept = "" if last is None else f"; the last good checkpoint is {last}"
+        raise ConfigError(f"{error}{kept}") from error
+
+
+def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> None:
     """Start a run in an empty folder, or beside an old one that ``--fresh`` moves away."""
     begun = run.begun
     if not begun:
@@ -109,10 +139,21 @@ def _begin(
         if run.begun:
             raise ConfigError(f"another run has just started in {run.path}: choose another --output")
     if args.fresh:
-        old = run.move_away(*([] if destination is None else [destination]))
+        old = run.move_away(*([] if job.destination is None else [job.destination]))
         if old is not None:
             logger.info("Moved the run before to %s", old)
-    run.create(args.config, {"flags": flags})
+    run.create(args.config, _expanded(args, job), flags)
+
+
+def _expanded(args: argparse.Namespace, job: Job) -> str | None:
+    """What a progressive schedule in the config stands for."""
+    if schedule_arguments(job.source.root) is None:
+        return None
+    try:
+        return expand(args.config)
+    except ConfigError as error:  # its arguments are made by tags, which `expand` does not execute
+        logger.warning("The schedule is not written out: %s", error)
+        return None
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -130,7 +171,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         load_weights(job.student, checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
-    with _logging_to(args.run_log) if args.run_log else nullcontext():
+    with logging_to(args.run_log) if args.run_log else nullcontext():
         _test(args, job, device, amp)
 
 
@@ -162,11 +203,8 @@ def run_report(args: argparse.Namespace) -> None:
 def run_doctor(args: argparse.Namespace) -> None:
     """``mamba-pkd doctor``: versions, hardware, and for every backend of the scan whether it can serve, or why not."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("timm_mamba_pkd", "torch", "timm", "torchdistill", "mamba-ssm", "triton"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
+    for package, version in versions().items():
+        print(f"{package} {version or 'is not installed'}")
     devices = [torch.device("cpu")]
     kernels = None if native.unavailable(devices[0]) else native.INSTRUCTION_SETS[native.instruction_set()]
     print(f"cpu: {torch.get_num_threads()} threads" + (f", native kernels for {kernels}" if kernels else ""))
@@ -195,8 +233,8 @@ def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
 
-def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
-    """Seed, device, and the job of the config; whether to use autocast."""
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, torch.dtype | None]:
+    """Seed, device, the job of the config, and the dtype of its automatic mixed precision."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
     if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
@@ -215,7 +253,22 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, bool]:
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return device, job, args.amp or bool(job.config["train"].get("amp"))
+    return device, job, _precision(args, job)
+
+
+def _precision(args: argparse.Namespace, job: Job) -> torch.dtype | None:
+    """What ``--amp`` and ``--amp-dtype`` say, and ``amp`` under ``train`` in the config."""
+    by_config = job.config["train"].get("amp")
+    if not args.amp and not by_config:
+        if args.amp_dtype is not None:
+            raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp")
+        return None
+    if by_config not in (None, False, True, "bfloat16", "float16"):
+        with job.source.locating():
+            message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
+            raise ConfigError(message, at=("train", "amp"))
+    named = by_config if isinstance(by_config, str) else "bfloat16"
+    return getattr(torch, args.amp_dtype or named)
 
 
 def _keep_freed_memory() -> None:
@@ -227,22 +280,6 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-@contextmanager
-def _logging_to(path: str | Path) -> Iterator[None]:
-    """Append all log lines to a file, too."""
-    path = Path(path).expanduser()
-    make_folder(path.parent)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOGGING_FORMAT))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
 def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path:
     """Where a run left its model: the folder given, or else the default one, or ``dst_ckpt`` of the config."""
     saved = run.weights("ensemble" if isinstance(job.student, MambaPKDEnsemble) else "model")
@@ -251,7 +288,7 @@ def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path
     return saved
 
 
-def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: bool) -> list[Row]:
+def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: torch.dtype | None) -> list[Row]:
     rows = measure(job, device, amp, args.student_only)
     print(to_text(rows))
     return rows

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,24 @@ from torch import nn
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner import interrupts
+from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import Box, build_box
+from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
+from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.step import Step
+from timm_mamba_pkd.runner.streams import start_epoch
+from timm_mamba_pkd.runner.time_left import time_left
+from timm_mamba_pkd.runner.tracking import Tracker
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore
+from timm_mamba_pkd.runner.unreadable import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +42,30 @@ class Options:
     """How to train, beyond what the config says.
 
     Attributes:
-        amp: under bfloat16 autocast.
+        amp: dtype of the automatic mixed precision, None for none.
+        torchcompile: backend of ``torch.compile`` for teacher and students, None for none.
+        ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
     """
 
-    amp: bool = False
+    amp: torch.dtype | None = None
+    torchcompile: str | None = None
+    ema_decay: float | None = None
     on_nonfinite: str = "stop"
 
 
-def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+def train(
+    job: Job,
+    run: RunFolder,
+    device: torch.device,
+    options: Options,
+    estimates: Sequence[StageEstimate],
+    tracker: Tracker,
+) -> None:
     """Train every stage of ``job`` and leave checkpoints, metrics and weights in ``run``, from where it had stopped.
 
-    Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
-    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
+    Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
+    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
     Raises:
@@ -52,24 +74,40 @@ def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> N
         FloatingPointError: the loss is not finite.
         Interrupted: a signal came; what was trained is saved.
     """
-    Trainer(job, run, device, options).train()
+    Trainer(job, run, device, options, estimates, tracker).train()
 
 
 class Trainer:
     """A run in training: the config's job in torchdistill's box."""
 
-    def __init__(self, job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run: RunFolder,
+        device: torch.device,
+        options: Options,
+        estimates: Sequence[StageEstimate],
+        tracker: Tracker,
+    ) -> None:
         self.job, self.run, self.device, self.options = job, run, device, options
+        self.estimates, self.tracker = estimates, tracker
         self.checkpoints = Checkpoints(run.checkpoints)
         self._last_saved = time.monotonic()
-        if options.amp:
+        if options.amp is not None:
             _keep_logits_in_float32(job)
         self._resumed = self.checkpoints.load()
+        self.step = Step(device, options.amp)
+        self.average: WeightAverage | None = None
         self.box: Any
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
             self.box, self.progress = restore(self._resumed, job, device)
+            self.step.scaler.load_state_dict(self._resumed["scaler"])
+        last = None if self._resumed is None else self.checkpoints.last()
+        run.note_start(describe_start(device, None if last is None else last.name))
+        if options.torchcompile is not None:
+            compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
         self.run.rewrite_metrics(self.progress.metrics)
 
@@ -91,9 +129,14 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
         self.box.pre_epoch_process(epoch=self.progress.epoch)
+        start_epoch(self.box.train_data_loader, self.progress.epoch)
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
+        if self.average is None and self.options.ema_decay is not None:
+            self.average = WeightAverage(in_training(self.job.student, self.box), self.options.ema_decay)
+            if resumed is not None and resumed["average"] is not None:
+                self.average.load_state_dict(resumed["average"])
         if progress.trained and resumed is not None:
             batches.set_random_state(resumed["random"])
             return
@@ -111,7 +154,7 @@ class Trainer:
         log_freq = self.job.config["train"].get("log_freq", 1000)
         total, before = len(batches), progress.seconds
         started, done_before = time.perf_counter(), progress.samples
-        left = batches.epoch(progress.samples, after)
+        left = reporting(self.job.datasets, batches.epoch(progress.samples, after))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
             loss = self._step(images, targets, supp_dict, indices)
@@ -120,11 +163,18 @@ class Trainer:
             progress.seconds = before + time.perf_counter() - started
             if progress.steps % log_freq == 0:
                 rate = (progress.samples - done_before) / (time.perf_counter() - started)
-                logger.info("%s  step %d/%d  loss %.4f  %.0f images/s", title, progress.steps, total, loss, rate)
+                message = "%s  step %d/%d  loss %.4f  %.0f images/s  %s"
+                logger.info(message, title, progress.steps, total, loss, rate, self._time_left())
             if interrupts.received():
                 return
             if time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS:
                 self._save(batches)
+
+    def _time_left(self) -> str:
+        progress, box = self.progress, self.box
+        epochs = getattr(box, "stage_end_epoch", box.num_epochs) - progress.epoch
+        steps = epochs * len(box.train_data_loader) - progress.steps
+        return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
         """Forward, loss, backward, and the optimizer's step; returns the loss."""
@@ -135,7 +185,7 @@ class Trainer:
             )
         images, targets = images.to(self.device), targets.to(self.device)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            with autocast(self.device, self.options.amp):
                 loss = box.forward_process(images, targets, supp_dict)
         except KeyError as error:
             raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
@@ -147,7 +197,9 @@ class Trainer:
             return value
         self.progress.total_loss += value * len(targets)
         self.progress.counted += len(targets)
-        box.post_forward_process(loss=loss)
+        self.step(box, loss)
+        if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
+            self.average.update()
         return value
 
     def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
@@ -173,6 +225,8 @@ class Trainer:
                 where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
+        state["scaler"] = self.step.scaler.state_dict()
+        state["average"] = None if self.average is None else self.average.state_dict()
         stage, progress = state["stage"], self.progress
         self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
         self._last_saved = time.monotonic()
@@ -180,8 +234,11 @@ class Trainer:
     def _finish_epoch(self, stage: int) -> None:
         """What follows the steps of an epoch; it changes nothing that would not come out the same if done again."""
         job, box, progress, options = self.job, self.box, self.progress, self.options
-        if isinstance(job.student, MambaPKDEnsemble) and progress.epoch + 1 == getattr(box, "stage_end_epoch", None):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.amp):
+        ends = progress.epoch + 1 == getattr(box, "stage_end_epoch", box.num_epochs)
+        if self.average is not None:
+            self.average.swap()
+        if isinstance(job.student, MambaPKDEnsemble) and ends:
+            with autocast(self.device, options.amp):
                 finish_stage(box)
         lr = box.optimizer.param_groups[0]["lr"]
         record = {
@@ -195,13 +252,19 @@ class Trainer:
         }
         progress.metrics.append(record)
         self.run.log_metrics(record)
+        self.tracker.log(record)
         alone = record["val_top1_student"]
         logger.info(
-            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
+            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s%s",
             stage, progress.epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
+            f"  {self._time_left()}" if progress.epoch + 1 < box.num_epochs else "",
         )  # fmt: skip
         _save_weights(job.student, box, self.run)
+        if self.average is not None and not ends:
+            self.average.swap()
+        elif ends:
+            self.average = None  # it has taken the place of the weights
         if record["val_top1"] > progress.best.get(stage, -1.0):
             progress.best[stage] = record["val_top1"]
             last = self.checkpoints.last()
@@ -212,7 +275,7 @@ class Trainer:
             progress.skipped = 0
 
 
-def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
+def _validate(job: Job, box: Box, device: torch.device, amp: torch.dtype | None) -> dict[str, Any]:
     loader: Any = box.val_data_loader
     if not isinstance(job.student, MambaPKDEnsemble):
         top1 = evaluate(job.student, loader, device, (1,), amp, "validation")[0]
