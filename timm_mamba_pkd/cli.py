@@ -6,6 +6,7 @@ from pathlib import Path
 
 from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
+from timm_mamba_pkd.distributed import ProcessEnded, SaidByMain, is_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="what to do with a batch whose loss is not finite; skip gives up after 10 in a stage (default: stop)",
     )  # fmt: skip
+    train.add_argument(
+        "--sync-bn", action="store_true", help="batch norms of the student see the batches of all torchrun processes"
+    )
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
@@ -103,8 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2
+    except SaidByMain:
+        return 2
+    except ProcessEnded as error:
+        print(f"mamba-pkd: error: {error}", file=sys.stderr)
+        return 1
     except runner.Interrupted as interrupted:
         again = "; the same command goes on from there" if args.command == "train" else ""
-        print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
+        if is_main():
+            print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
         return interrupted.exit_code
     return 0

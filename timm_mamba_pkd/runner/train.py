@@ -1,6 +1,7 @@
 """``mamba-pkd train``: torchdistill's stock boxes, driven over all epochs of all stages of a config."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
+from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.batches import Batches
@@ -18,7 +21,8 @@ from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.run_folder import RunFolder
-from timm_mamba_pkd.runner.training_state import Progress, capture, restore
+from timm_mamba_pkd.runner.step import Step
+from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +37,12 @@ class Options:
     Attributes:
         amp: under bfloat16 autocast.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
+        sync_bn: have the student's batch norms see the batches of all processes.
     """
 
     amp: bool = False
     on_nonfinite: str = "stop"
+    sync_bn: bool = False
 
 
 def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
@@ -46,11 +52,14 @@ def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> N
     stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
+    Several processes take their shares of every batch; rank 0 alone writes.
+
     Raises:
         ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
             written, or all are damaged.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal came; what was trained is saved.
+        ProcessEnded: another process of the run has ended.
     """
     Trainer(job, run, device, options).train()
 
@@ -64,14 +73,22 @@ class Trainer:
         self._last_saved = time.monotonic()
         if options.amp:
             _keep_logits_in_float32(job)
-        self._resumed = self.checkpoints.load()
+        if options.sync_bn and distributed.world() > 1:
+            synchronize_batch_norms(job.student)
+        with distributed.failing_together(ConfigError):
+            self._resumed = self.checkpoints.load() if distributed.is_main() else None
+        self._resumed = distributed.broadcast(self._resumed)
+        self._replays = self._resumed is None or take_own(self._resumed)
+        self._step_box = Step()
+        self._stops = self._is_due = False  # what all processes agreed on in the present step
         self.box: Any
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
             self.box, self.progress = restore(self._resumed, job, device)
         self.box.can_extend = True  # a stage may be trained again
-        self.run.rewrite_metrics(self.progress.metrics)
+        if distributed.is_main():
+            self.run.rewrite_metrics(self.progress.metrics)
 
     def train(self) -> None:
         """Train what is left to train."""
@@ -83,27 +100,33 @@ class Trainer:
             self._finish_epoch(stage)
             progress.begin_epoch(progress.epoch + 1)
         box.clean_modules()
-        if self.job.destination is not None:
+        if self.job.destination is not None and distributed.is_main():
             save = save_weights if self.job.destination.suffix == ".safetensors" else save_checkpoint
             save(self.job.student, self.job.destination)
         logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
     def _train_epoch(self) -> None:
         """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
+        distributed.broadcast_tensors(tensors(self.job, self.box))
         self.box.pre_epoch_process(epoch=self.progress.epoch)
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
+        after = None if resumed is None else resumed["random"]
         if progress.trained and resumed is not None:
-            batches.set_random_state(resumed["random"])
+            if after is not None:
+                batches.set_random_state(after)
             return
         if resumed is None or progress.start is None:
             progress.start = batches.random_state()
         else:
             batches.set_random_state(progress.start)
         with interrupts.deferring():
-            self._train_steps(batches, None if resumed is None else resumed["random"])
-            progress.trained = not interrupts.received()
+            self._train_steps(batches, after)
+            distributed.broadcast_tensors(
+                tensors(self.job, self.box)
+            )  # batch norms have seen each process's own batches
+            progress.trained = not interrupts.received_anywhere()
             self._save(batches)
 
     def _train_steps(self, batches: Batches, after: Any) -> None:
@@ -111,23 +134,23 @@ class Trainer:
         log_freq = self.job.config["train"].get("log_freq", 1000)
         total, before = len(batches), progress.seconds
         started, done_before = time.perf_counter(), progress.samples
-        left = batches.epoch(progress.samples, after)
+        left = batches.epoch(progress.samples, after, self._replays)
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
             loss = self._step(images, targets, supp_dict, indices)
-            progress.samples += len(targets)
+            progress.samples = batches.done
             progress.steps += 1
             progress.seconds = before + time.perf_counter() - started
             if progress.steps % log_freq == 0:
                 rate = (progress.samples - done_before) / (time.perf_counter() - started)
                 logger.info("%s  step %d/%d  loss %.4f  %.0f images/s", title, progress.steps, total, loss, rate)
-            if interrupts.received():
+            if self._stops or (distributed.world() == 1 and interrupts.received()):
                 return
-            if time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+            if self._is_due:
                 self._save(batches)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
-        """Forward, loss, backward, and the optimizer's step; returns the loss."""
+        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
         job, box = self.job, self.box
         if not targets.is_floating_point() and targets.max() >= job.num_classes:
             raise ConfigError(
@@ -142,20 +165,37 @@ class Trainer:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
-        if not torch.isfinite(loss):
+        total, count = self._agree(value * len(targets), len(targets))
+        if not math.isfinite(total):
             self._meet_nonfinite(value, indices)
-            return value
-        self.progress.total_loss += value * len(targets)
-        self.progress.counted += len(targets)
-        box.post_forward_process(loss=loss)
-        return value
+            return total
+        self.progress.total_loss += total
+        self.progress.counted += count
+        self._step_box(box, loss)
+        return total / count
+
+    def _agree(self, loss: float, count: int) -> tuple[float, int]:
+        """The sums over all processes, which agree here whether to stop or to save after this step."""
+        is_due = distributed.is_main() and time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS
+        numbers = distributed.gather_numbers(
+            [loss, count, is_due, interrupts.received() if distributed.world() > 1 else 0]
+        )
+        losses, counts, due, signals = zip(*numbers, strict=True)
+        self._is_due = any(due)
+        self._stops = interrupts.share(map(int, signals))
+        return sum(losses), int(sum(counts))
 
     def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
-        """Stop before the optimizer steps, or let the batch be skipped."""
-        progress = self.progress
-        which = "" if indices is None else f" on the samples {', '.join(map(str, indices))}"
-        what = f"the loss became {value} at epoch {progress.epoch + 1}, step {progress.steps + 1}{which}"
-        last = self.checkpoints.last()
+        """Stop all processes before the optimizer steps, or let the batch be skipped."""
+        progress, values, which = self.progress, [], []
+        for rank, (loss, samples) in enumerate(distributed.gather((value, indices))):
+            if not math.isfinite(loss):
+                values.append(loss)
+                which += [] if samples is None else [f"on the samples {', '.join(map(str, samples))}"]
+                which += [f"of rank {rank}"] if distributed.world() > 1 else []
+        what = f"the loss became {values[0]} at epoch {progress.epoch + 1}, step {progress.steps + 1}"
+        what = " ".join([what, *which])
+        last = distributed.broadcast(self.checkpoints.last())
         where = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
         if self.options.on_nonfinite == "stop":
             raise FloatingPointError(f"{what}; {where}: lower the lr, or pass over it with --on-nonfinite skip")
@@ -174,7 +214,9 @@ class Trainer:
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
         stage, progress = state["stage"], self.progress
-        self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
+        with distributed.failing_together(ConfigError):
+            if distributed.is_main():
+                self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
         self._last_saved = time.monotonic()
 
     def _finish_epoch(self, stage: int) -> None:
@@ -194,19 +236,22 @@ class Trainer:
             **_validate(job, box, self.device, options.amp),
         }
         progress.metrics.append(record)
-        self.run.log_metrics(record)
+        if distributed.is_main():
+            self.run.log_metrics(record)
         alone = record["val_top1_student"]
         logger.info(
             "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
             stage, progress.epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
         )  # fmt: skip
-        _save_weights(job.student, box, self.run)
+        if distributed.is_main():
+            _save_weights(job.student, box, self.run)
         if record["val_top1"] > progress.best.get(stage, -1.0):
             progress.best[stage] = record["val_top1"]
-            last = self.checkpoints.last()
-            assert last is not None
-            self.checkpoints.keep_best(last, stage)
+            if distributed.is_main():
+                last = self.checkpoints.last()
+                assert last is not None
+                self.checkpoints.keep_best(last, stage)
         box.post_epoch_process(metrics=record["val_top1"])
         if getattr(box, "stage_number", 1) != stage:
             progress.skipped = 0
