@@ -6,13 +6,14 @@ INSTALLED := .venv/installed
 OLDEST := .venv-oldest
 DEMO := runs/demo
 
-.PHONY: help demo clean-demo test test-oldest
+.PHONY: help demo clean-demo test test-oldest faults
 
 help:
 	@echo "make demo        train a teacher and its Mamba students on the digits, on the CPU"
 	@echo "make clean-demo  remove what the demo made"
 	@echo "make test        lint, types and tests"
 	@echo "make test-oldest the tests, with the oldest torch, timm and torchdistill that pyproject.toml allows"
+	@echo "make faults      runs that are killed, damaged and starved, at many more moments than in make test"
 	@echo
 	@echo "They first install the package into .venv or .venv-oldest. Variables, for example:"
 	@echo "  make demo PYTHON=python3.12"
@@ -45,3 +46,6 @@ $(OLDEST)/installed: pyproject.toml
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest
+
+faults: $(INSTALLED)
+	FAULTS=long $(BIN)/python -m pytest -m fault

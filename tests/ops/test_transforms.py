@@ -148,3 +148,18 @@ def test_meta_device(operator):
     y = operator(*inputs)
     assert (y.device.type, y.shape) == ("meta", inputs[0].shape)
     assert [grad.shape for grad in torch.autograd.grad(y.sum(), inputs)] == [tensor.shape for tensor in inputs]
+
+
+def test_forward_mode(operator):
+    """Against reverse mode, where there is one; elsewhere it is refused, and not zero."""
+    inputs = make_inputs(operator)
+    tangents = tuple(torch.rand_like(tensor) for tensor in inputs)
+    if operator.backend == "auto":
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(operator, inputs, tangents)
+        return
+    y, tangent = torch.func.jvp(operator, inputs, tangents)
+    weights = torch.rand_like(y)
+    grads = torch.autograd.grad((operator(*inputs) * weights).sum(), inputs)
+    expected = sum((grad * own).sum() for grad, own in zip(grads, tangents, strict=True))
+    torch.testing.assert_close((tangent * weights).sum(), expected)

@@ -1,13 +1,16 @@
 """Tiny torchdistill configs, as dictionaries that tests change and then write as YAML."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from timm_mamba_pkd.cli import main
 
@@ -108,6 +111,53 @@ def progressive() -> dict[str, Any]:
 @pytest.fixture
 def plain() -> dict[str, Any]:
     return plain_config()
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((folder / "weights").iterdir()):
+        found |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Whether two run folders hold the same weights, bit for bit, and the same metrics but for times."""
+
+    def assert_same_run(folder: Path, other: Path) -> None:
+        one, two = weights_of(folder), weights_of(other)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, two[name]), name
+        timeless = [
+            [{k: v for k, v in json.loads(line).items() if k not in ("img_per_s", "seconds")} for line in lines]
+            for lines in ((f / "metrics.jsonl").read_text().splitlines() for f in (folder, other))
+        ]
+        assert timeless[0] == timeless[1]
+
+    return assert_same_run
+
+
+@pytest.fixture
+def rich(progressive, build, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Two stages of two epochs that use everything with a state: dropout, momentum, a schedule per step, a rule with
+    weights, fitted combination, random augmentation, replayed views, a cache, accumulated gradients."""
+    monkeypatch.chdir(tmp_path)
+    flip = build.call("torchvision.transforms.RandomErasing", p=0.5)
+    crop = build.call("torchvision.transforms.RandomCrop", size=8, padding=1)
+    to_tensor = build.call("torchvision.transforms.ToTensor")
+    transform = build.call("torchvision.transforms.Compose", transforms=[crop, to_tensor, flip])
+    progressive["datasets"]["fake/train"]["init"]["kwargs"]["transform"] = transform
+    progressive["models"]["student_model"]["kwargs"] |= {"drop_path_rate": 0.2, "combination": "per_student"}
+    progressive["train"]["init"]["kwargs"] |= {
+        "num_epochs": 2,
+        "rule": {"key": "bdistil", "kwargs": {"max_retries": 1, "slack": 0.0}},
+        "views": {"num_views": 2, "mixup_alpha": 0.2, "num_classes": 3},
+        "cache_dir": "cache",  # each folder of a test has its own
+        "optimizer": {"key": "mamba_pkd_adamw", "kwargs": {"lr": 0.01}, "grad_accum_step": 2},
+        "scheduler": {"key": "OneCycleLR", "kwargs": {"max_lr": 0.01, "total_steps": 6}, "scheduling_step": 2},
+    }
+    return progressive
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ BAD = {
     "run --num-classes 3": "--num-classes is that of the run in run: leave it out",
     "run --config a.yaml": "--config is that of the run in run: leave it out",
     "run": "weights file run/weights/model.safetensors does not exist",
-    "run --format hf --checkpoint three.safetensors": "the run in run has not finished: test it with",
+    "run --format hf --checkpoint three.safetensors": "the run in run has not finished: the same mamba-pkd train",
 }
 
 

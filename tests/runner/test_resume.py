@@ -1,6 +1,8 @@
 """Runs that stop and go on: the same command ends in the same weights, bit for bit, as a run that never stopped."""
 
 import json
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,28 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from filelock import FileLock
+from torchdistill.core.training import TrainingBox
 
 from timm_mamba_pkd.runner import train as training
 
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted((folder / "weights").iterdir()):
-        found |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
-    return found
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    one, two = weights(folder), weights(other)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, two[name]), name
-    timeless = [
-        [{k: v for k, v in json.loads(line).items() if k not in ("img_per_s", "seconds")} for line in lines]
-        for lines in ((f / "metrics.jsonl").read_text().splitlines() for f in (folder, other))
-    ]
-    assert timeless[0] == timeless[1]
+pytestmark = pytest.mark.fault
 
 
 @pytest.fixture
@@ -51,35 +37,194 @@ def signal_at(monkeypatch) -> Callable[..., list[int]]:
     return signal_at
 
 
-@pytest.fixture
-def rich(progressive, build, tmp_path) -> dict[str, Any]:
-    """Two stages of two epochs that use everything with a state: dropout, momentum, a schedule per step, a rule with
-    weights, fitted combination, random augmentation, replayed views, a cache, accumulated gradients."""
-    flip = build.call("torchvision.transforms.RandomErasing", p=0.5)
-    crop = build.call("torchvision.transforms.RandomCrop", size=8, padding=1)
-    to_tensor = build.call("torchvision.transforms.ToTensor")
-    transform = build.call("torchvision.transforms.Compose", transforms=[crop, to_tensor, flip])
-    progressive["datasets"]["fake/train"]["init"]["kwargs"]["transform"] = transform
-    progressive["models"]["student_model"]["kwargs"] |= {"drop_path_rate": 0.2, "combination": "per_student"}
-    progressive["train"]["init"]["kwargs"] |= {
-        "num_epochs": 2,
-        "rule": {"key": "bdistil", "kwargs": {"max_retries": 1, "slack": 0.0}},
-        "views": {"num_views": 2, "mixup_alpha": 0.2, "num_classes": 3},
-        "cache_dir": str(tmp_path / "cache"),
-        "optimizer": {"key": "mamba_pkd_adamw", "kwargs": {"lr": 0.01}, "grad_accum_step": 2},
-        "scheduler": {"key": "OneCycleLR", "kwargs": {"max_lr": 0.01, "total_steps": 6}, "scheduling_step": 2},
-    }
-    return progressive
-
-
-@pytest.mark.parametrize("n", range(1, 19))
-def test_progressive_run_goes_on_at_any_step(n, rich, run, signal_at, monkeypatch):
+def test_progressive_run_goes_on_at_any_step(rich, run, signal_at, assert_same_run, tmp_path):
     code, whole = run(rich, output="whole")
     assert code == 0
-    calls = signal_at(training.Trainer, "_step", n)
+    steps = 12 + 6  # a student is trained again
+    moments = range(1, steps + 1) if os.environ.get("FAULTS") == "long" else (1, 3, 8, 12, 13, 18)
+    for n in moments:
+        shutil.rmtree("cache")
+        calls = signal_at(training.Trainer, "_step", n)
+        code, folder = run(rich, output=f"run{n}")
+        assert calls == [n] and code == 143
+        assert run(rich, output=f"run{n}")[0] == 0
+        assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("signals", [[1, 2, 1, 3], [3, 3, 3, 3, 3]])
+def test_a_run_that_stops_again_and_again(signals, rich, run, signal_at, assert_same_run, monkeypatch):
+    code, whole = run(rich, output="whole")
+    assert code == 0
+    for n in signals:
+        with monkeypatch.context():
+            signal_at(training.Trainer, "_step", n, signal.SIGINT)
+            assert run(rich)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(whole.parent)
+    assert run(rich)[0] == 0
+    assert_same_run(whole, whole.parent / "run")
+
+
+def test_checkpoints_between_epochs(rich, run, signal_at, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    signal_at(training.Trainer, "_step", 5)
     code, folder = run(rich)
-    if calls[0] < n:
-        pytest.fail(f"the run has {calls[0]} steps")
     assert code == 143
+    names = sorted(path.name.partition("-")[0] for path in (folder / "checkpoints").glob("stage*"))
+    assert names == ["stage1_epoch0002_000000008", "stage1_epoch0002_000000016"]
+
+
+def test_config_of_torchdistills(plain, run, build, signal_at, assert_same_run, tmp_path):
+    """Two stages: a teacher that torchdistill leaves in training mode, so that its batch norms drift, and a student
+    with regressors that are trained but belong to no state dict."""
+    plain["models"] = {
+        "teacher_model": {
+            "key": "mamba_pkd_timm_model",
+            "kwargs": {"model_name": "resnet18", "num_classes": 3, "in_chans": 1, "small_stem": True},
+        },
+        "student_model": {
+            "key": "mamba_pkd_resnet_taps",
+            "kwargs": {"model_name": "mamba_pkd_s1", "num_classes": 3, "in_chans": 1, "img_size": 8},
+        },
+    }
+    sides = {
+        role: {"forward_proc": "forward_batch_only", "forward_hook": {"output": ["layer4"]}}
+        for role in ("teacher", "student")
+    }
+    sides["teacher"]["requires_grad"] = False
+    hint = {"is_from_teacher": False, "module_path": "layer4", "io": "output"}
+    hints = {
+        "criterion": {"key": "MSELoss", "kwargs": {"reduction": "mean"}},
+        "criterion_wrapper": {
+            "key": "SimpleLossWrapper",
+            "kwargs": {"input": hint, "target": {**hint, "is_from_teacher": True}},
+        },
+        "weight": 1.0,
+    }
+    first = build.stage(**sides)
+    first["criterion"]["kwargs"]["sub_terms"]["hint"] = hints
+    second = build.stage(**sides)
+    second["criterion"]["kwargs"]["sub_terms"]["hint"] = hints
+    plain["train"] = {"log_freq": 1, "stage1": first, "stage2": second}
+    code, whole = run(plain, output="whole")
+    assert code == 0
+    for n in (2, 3, 5):
+        signal_at(training.Trainer, "_step", n)
+        assert run(plain, output=f"run{n}")[0] == 143
+        assert run(plain, output=f"run{n}")[0] == 0
+        assert_same_run(whole, tmp_path / f"run{n}")
+
+
+def test_run_without_a_teacher(plain, run, build, signal_at, assert_same_run, tmp_path):
+    """Workers that augment from their own generators; momentum; a plateau that looks back."""
+    crop = build.call("torchvision.transforms.RandomCrop", size=8, padding=2)
+    to_tensor = build.call("torchvision.transforms.ToTensor")
+    transform = build.call("torchvision.transforms.Compose", transforms=[crop, to_tensor])
+    plain["datasets"]["fake/train"]["init"]["kwargs"]["transform"] = transform
+    plain["models"]["model"]["kwargs"]["drop_path_rate"] = 0.3
+    plain["models"]["model"]["dst_ckpt"] = str(tmp_path / "model.safetensors")
+    plain["train"] |= {
+        "num_epochs": 3,
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1, "momentum": 0.9}},
+        "scheduler": {"key": "ReduceLROnPlateau", "kwargs": {"mode": "max", "patience": 0}},
+    }
+    plain["train"]["train_data_loader"]["kwargs"] |= {"num_workers": 2, "batch_size": 6}
+    code, whole = run(plain, output="whole")
+    (tmp_path / "model.safetensors").rename(tmp_path / "whole.safetensors")
+    assert code == 0
+    for n in (1, 5, 12):
+        signal_at(training.Trainer, "_step", n)
+        assert run(plain, output=f"run{n}")[0] == 143
+        assert run(plain, output=f"run{n}")[0] == 0
+        assert_same_run(whole, tmp_path / f"run{n}")
+        assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").unlink()
+
+
+def test_a_damaged_checkpoint(rich, run, signal_at, assert_same_run):
+    code, whole = run(rich, output="whole")
+    signal_at(training.Trainer, "_step", 10)
+    code, folder = run(rich)
+    assert code == 143
+    last = sorted((folder / "checkpoints").glob("stage*.pt"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    assert run(rich)[0] == 0
+    assert f"Checkpoint {last} is damaged (checksum) and set aside" in (folder / "log.txt").read_text()
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed"])
+def test_a_damaged_cache(damage, rich, run, signal_at, assert_same_run):
+    code, whole = run(rich, output="whole")
+    shutil.rmtree("cache")
+    signal_at(training.Trainer, "_step", 5)
+    code, folder = run(rich)
+    assert code == 143
+    for file in Path("cache").rglob("view_*.npy"):
+        content = bytearray(file.read_bytes())
+        if damage == "truncated":
+            content = content[:-5]
+        elif damage == "flipped":
+            content[-3] ^= 16
+        else:
+            content = bytearray(len(content))
+        file.write_bytes(content)
     assert run(rich)[0] == 0
     assert_same_run(whole, folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(plain, run, errors, monkeypatch):
+    nan_in_call(monkeypatch, 5)
+    plain["train"]["num_epochs"] = 2
+    code, folder = run(plain)
+    assert code == 2
+    (error,) = errors()
+    (last,) = (folder / "checkpoints").glob("stage*.pt")
+    start, _, samples = error.partition(" on the samples ")
+    assert start == "the loss became nan at epoch 2, step 2"
+    assert len(set(samples.partition(";")[0].split(", "))) == 8
+    assert error.endswith(f"the last good checkpoint is {last}: lower the lr, or pass over it with --on-nonfinite skip")
+
+
+def test_a_loss_that_is_not_finite_is_passed_over(plain, run, monkeypatch, caplog):
+    nan_in_call(monkeypatch, 2, 3)
+    plain["train"]["num_epochs"] = 2
+    code, folder = run(plain, "--on-nonfinite", "skip")
+    assert code == 0
+    skipped = [line for line in (folder / "log.txt").read_text().splitlines() if "Skipped" in line]
+    for step, line in zip((2, 3), skipped, strict=True):
+        assert f"Skipped a batch: the loss became nan at epoch 1, step {step} on the samples " in line
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["loss"] < 10
+
+
+def test_skipping_gives_up(plain, run, errors, monkeypatch):
+    nan_in_call(monkeypatch, *range(2, 100))
+    plain["train"]["num_epochs"] = 10
+    assert run(plain, "--on-nonfinite", "skip")[0] == 2
+    (error,) = errors()
+    assert "10 batches of this stage have been skipped before; the last good checkpoint is " in error
+
+
+def nan_in_call(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The loss is nan in these training steps (from 1); the two steps of the check before do not count."""
+    forward, calls = TrainingBox.forward_process, [-2]
+
+    def forward_process(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += 1
+        loss = forward(self, *args, **kwargs)
+        return loss * float("nan") if calls[0] in numbers else loss
+
+    monkeypatch.setattr(TrainingBox, "forward_process", forward_process)
+
+
+def test_two_runs_in_one_folder(plain, run, signal_at, errors, capsys):
+    signal_at(training.Trainer, "_step", 2)
+    code, folder = run(plain)
+    assert code == 143
+    capsys.readouterr()
+    with FileLock(folder / ".lock"):
+        assert run(plain)[0] == 2
+        assert errors() == [f"another run is writing in {folder}: wait, or choose another --output"]
+        assert run(plain, "--fresh")[0] == 2
+    assert run(plain)[0] == 0

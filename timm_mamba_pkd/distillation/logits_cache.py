@@ -73,12 +73,15 @@ class LogitsCache:
 
         ``supp_dict`` holds the batch's ``index``, ``view`` and ``checksum`` (B,), as `Views` gives them.
         """
-        index = supp_dict["index"].tolist()
+        places = list(zip(supp_dict["view"].tolist(), supp_dict["index"].tolist(), strict=True))
         checksums = supp_dict["checksum"].tolist()
-        views = supp_dict["view"].tolist()
-        rows = np.stack([self._read(*place) for place in zip(views, index, strict=True)])
-        known = [_checksum(row["logits"], image) == row["checksum"] for row, image in zip(rows, checksums, strict=True)]
-        missing = [position for position, is_known in enumerate(known) if not is_known]
+        rows = np.zeros(len(places), self._dtype)
+        content = memoryview(rows.view(np.uint8))  # pyright: ignore[reportArgumentType]
+        contents = [content[start : start + rows.itemsize] for start in range(0, len(content), rows.itemsize)]
+        for place, row in zip(places, contents, strict=True):
+            self._read(*place, row)
+        known = rows["checksum"] == self._checksums(contents, checksums)
+        missing = np.flatnonzero(~known).tolist()
         self.hits += len(rows) - len(missing)
         self.misses += len(missing)
         if missing:
@@ -88,27 +91,29 @@ class LogitsCache:
                 raise CacheError(
                     f"logits of up to {np.abs(computed).max():g} do not fit the cache's float16: remove cache_dir"
                 )
-            for position, logits in zip(missing, computed.astype(np.float16), strict=True):
-                rows[position] = (logits, _checksum(logits, checksums[position]))
-                self._write(views[position], index[position], rows[position])
+            rows["logits"][missing] = computed.astype(np.float16)
+            rows["checksum"][missing] = self._checksums([contents[i] for i in missing], [checksums[i] for i in missing])
+            self._store([(places[i], contents[i]) for i in missing])
         return torch.from_numpy(rows["logits"].astype(np.float32)).to(images.device)
 
-    def _read(self, view: int, index: int) -> np.ndarray:
-        """A row; zeros, whose checksum is wrong, where the file has become too short."""
-        file = self._file(view)
-        file.seek(self._offset(index))
-        content = file.read(self._dtype.itemsize)
-        if content is None or len(content) < self._dtype.itemsize:
-            self._files.pop(view).close()
-            self._file(view)
-            return np.zeros((), self._dtype)
-        return np.frombuffer(content, self._dtype)[0]
+    def _checksums(self, rows: list[memoryview], image_checksums: list[int]) -> list[int]:
+        """Of images and logits."""
+        end = self._dtype["logits"].itemsize
+        return [zlib.crc32(row[:end], image) for row, image in zip(rows, image_checksums, strict=True)]
 
-    def _write(self, view: int, index: int, row: np.ndarray) -> None:
+    def _read(self, view: int, index: int, row: memoryview) -> None:
+        """Fill a row; where the file has become too short, as much as there is."""
         file = self._file(view)
         file.seek(self._offset(index))
+        if file.readinto(row) < len(row):
+            self._files.pop(view).close()
+
+    def _store(self, rows: list[tuple[tuple[int, int], memoryview]]) -> None:
         try:
-            file.write(row.tobytes())
+            for (view, index), row in rows:
+                file = self._file(view)
+                file.seek(self._offset(index))
+                file.write(row)
         except OSError as error:  # a truncated file grows again
             raise CacheError(f"cache {self.folder} cannot be written: {error.strerror or error}") from error
 
@@ -258,10 +263,6 @@ def _content(path: Path) -> Any:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-
-
-def _checksum(logits: np.ndarray, image_checksum: int) -> int:
-    return zlib.crc32(logits.data, image_checksum)
 
 
 def _meta(model: nn.Module, views: Views, num_classes: int, precision: str, name: str) -> dict[str, Any]:

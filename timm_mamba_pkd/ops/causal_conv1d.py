@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from timm_mamba_pkd.ops.backends import resolve
-from timm_mamba_pkd.ops.contract import check_convolution_arguments
+from timm_mamba_pkd.ops.contract import check_convolution_arguments, refuse_forward_mode
 from timm_mamba_pkd.ops.exportable import causal_conv1d_silu_exportable
 
 torch.fx.wrap("causal_conv1d_silu_exportable")  # FX cannot trace its checks
@@ -32,9 +32,12 @@ def causal_conv1d_silu(
 
     Raises:
         ValueError: Unknown backend, one that cannot serve here, or an argument of the wrong shape, dtype or device.
+        NotImplementedError: Forward-mode differentiation, as in ``selective_scan``.
     """
     if backend in ["reference", "exportable"]:
         return causal_conv1d_silu_exportable(x, weight, bias, reverse)
+    if not torch.jit.is_scripting():
+        refuse_forward_mode([x, weight, bias])
     return torch.ops.timm_mamba_pkd.causal_conv1d_silu(x, weight, bias, reverse, backend)
 
 

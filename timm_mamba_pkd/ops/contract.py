@@ -1,7 +1,10 @@
 """What every selective scan and convolution promises about its arguments; TorchScript can compile this file."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_arguments(
@@ -54,6 +57,17 @@ def _check(tensor: Tensor, name: str, meaning: str, shape: list[int], device: to
         raise ValueError(f"{name} must be a real floating tensor, got {tensor.dtype} (shape {shape})")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the input is, got {tensor.device} (shape {shape})")
+
+
+def refuse_forward_mode(tensors: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError where forward-mode differentiation would pass over a custom operator in silence."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "the selective scan and its convolution have no forward-mode derivative (torch.func.jvp, jacfwd, "
+            "forward_ad) but with backend='exportable' or 'reference'; in a model, create it with exportable=True"
+        )
 
 
 def compute_dtype(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from timm_mamba_pkd.ops.backends import Backend, resolve
-from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype
+from timm_mamba_pkd.ops.contract import check_arguments, compute_dtype, refuse_forward_mode
 from timm_mamba_pkd.ops.exportable import selective_scan_exportable
 from timm_mamba_pkd.ops.reference import selective_scan_reference
 
@@ -58,11 +58,14 @@ def selective_scan(
 
     Raises:
         ValueError: Unknown backend, one that cannot serve here, or an argument of the wrong shape, dtype or device.
+        NotImplementedError: Forward-mode differentiation, which only "reference" and "exportable" have.
     """
     if backend == "reference":
         return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     if backend == "exportable":
         return selective_scan_exportable(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    if not torch.jit.is_scripting():
+        refuse_forward_mode([u, delta, A, B, C, D, z, delta_bias])
     save = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace serves with and without gradients
     return torch.ops.timm_mamba_pkd.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save, backend

@@ -34,7 +34,6 @@ def write_report(
         raise ValueError("a report needs at least one row of results")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, folder / "results.csv")
     conventions = (
         "MACs are those of one image, the selective scan included, elementwise work not; 1 MAC = 2 FLOPs. "
         f"Latency is the median at batch size 1 on {device_name}. Seed {seed}."
@@ -45,3 +44,4 @@ def write_report(
     plot_accuracy_against_macs(rows, folder / "accuracy_macs.png")
     if metrics:
         plot_curves(metrics, folder / "curves.png")
+    write_csv(rows, folder / "results.csv")  # the last: it says that the rest is there

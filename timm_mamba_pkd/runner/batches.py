@@ -31,9 +31,9 @@ class Batches:
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.done = 0
-        has_order = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
-        self._replays = not has_order or (loader.num_workers > 0 and not isinstance(loader.dataset, Views))
-        self._order = _Order(loader.batch_sampler) if has_order else None
+        streams = loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset)
+        self._replays = streams or (loader.num_workers > 0 and not isinstance(loader.dataset, Views))
+        self._order = None if streams else _Order(loader.batch_sampler)
         self._ordered = loader if self._order is None else with_batches(loader, self._order)
         sources = (loader, loader.sampler, loader.batch_sampler)
         found = {id(g): g for source in sources if (g := getattr(source, "generator", None)) is not None}

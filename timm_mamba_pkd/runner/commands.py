@@ -155,7 +155,7 @@ def _begin(
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights; report where a run has no report yet."""
+    """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights."""
     run, device = _run_folder(args), _device(args)
     with distributed.process_group(device):
         job, amp = _set_up(args, device)
@@ -167,10 +167,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
             except WeightsError as error:
                 raise ConfigError(str(error)) from error
         with _logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
-            rows = _test(args, job, device, amp)
-            own = checkpoint.parent == run.weights("").parent
-            if distributed.is_main() and own and not args.student_only and not (run.path / "results.csv").exists():
-                _report(args, run, device, rows)
+            _test(args, job, device, amp)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -178,7 +175,7 @@ def run_report(args: argparse.Namespace) -> None:
     run = RunFolder(args.output)
     results = run.path / "results.csv"
     if not results.is_file() and run.config.is_file():
-        raise ConfigError(f"the run in {run.path} has not finished: test it with: mamba-pkd evaluate")
+        raise ConfigError(f"the run in {run.path} has not finished: the same mamba-pkd train goes on with it")
     if not results.is_file():
         raise ConfigError(f"{run.path} holds no finished run (no results.csv): train one with: mamba-pkd train")
     try:

@@ -300,7 +300,7 @@ def _card(subject: Subject) -> dict[str, str]:
         return {}
     results = subject.run.path / "results.md"
     if not results.is_file():
-        raise ConfigError(f"the run in {subject.run.path} has not finished: test it with: mamba-pkd evaluate")
+        raise ConfigError(f"the run in {subject.run.path} has not finished: the same mamba-pkd train goes on with it")
     data = "\n".join(
         f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
         for name, images in subject.job.datasets.items()

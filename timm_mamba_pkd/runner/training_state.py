@@ -11,7 +11,7 @@ from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.distributed import gather, rank, world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.box import Box, build_box
-from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.config import ConfigError, Job
 from timm_mamba_pkd.runner.random_state import RandomState
 
 
@@ -65,7 +65,7 @@ def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[st
         "stage_end_epoch": getattr(box, "stage_end_epoch", box.num_epochs),
         "num_epochs": box.num_epochs,
         "attempts": job.student.training_state.get("attempts", {}) if isinstance(job.student, MambaPKDEnsemble) else {},
-        "modules": {name: module.state_dict() for name, module in _modules(job, box).items() if _changes(name, module)},
+        "modules": {name: _tensors(module) for name, module in _modules(job, box).items() if _changes(name, module)},
         "optimizer": optimizer.state_dict(),
         "gradients": [p.grad for p in _parameters(optimizer)] if accumulating else None,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -116,8 +116,8 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
     if isinstance(getattr(box, "student_model", None), StageWrapper):
         box.student_model.start_rule(len(box.train_data_loader.dataset))
     modules = _modules(job, box)
-    for name, own in state["modules"].items():
-        modules[name].load_state_dict(own)
+    for name, saved in state["modules"].items():
+        _set_tensors(modules[name], saved)
     optimizer = box.optimizer
     optimizer.load_state_dict(state["optimizer"])
     if state["gradients"] is not None:
@@ -148,6 +148,20 @@ def _modules(job: Job, box: Any) -> dict[str, nn.Module]:
         if isinstance(loss, nn.Module):  # torchdistill keeps them in a plain dictionary
             modules[f"loss {name}"] = loss
     return modules
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers; a state dict may leave some out, such as the taps of `ResNetTaps`."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _set_tensors(module: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    own = _tensors(module)
+    if own.keys() != saved.keys():
+        different = ", ".join(sorted(own.keys() ^ saved.keys())[:3])
+        raise ConfigError(f"the checkpoint is of another version of the models ({different}): start anew with --fresh")
+    for name, tensor in saved.items():
+        own[name].data = tensor.to(own[name].device)
 
 
 def _changes(name: str, module: nn.Module) -> bool:

@@ -1,0 +1,144 @@
+"""An epoch from its middle on gives what the whole epoch gives there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)  # fmt: skip
+
+from timm_mamba_pkd.distillation.views import Views
+from timm_mamba_pkd.runner.batches import Batches
+
+
+class Noisy(Dataset):
+    """Samples whose augmentation draws from torch's and NumPy's global generators."""
+
+    def __init__(self, size: int = 21) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, Any]]:
+        return index + torch.rand(1, 2, 2) * np.random.rand(), index % 3, {}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter([(torch.rand(1, 2, 2), 0, {}) for _ in range(12)])
+
+
+def random_sampler(dataset: Any) -> Any:
+    return RandomSampler(dataset)
+
+
+def with_generator(dataset: Any) -> Any:
+    return RandomSampler(dataset, generator=torch.Generator().manual_seed(5))
+
+
+def with_replacement(dataset: Any) -> Any:
+    return WeightedRandomSampler([1.0] * len(dataset), 17)
+
+
+LOADERS: dict[str, Callable[[], DataLoader]] = {
+    "in order": lambda: DataLoader(Noisy(), 4),
+    "random": lambda: DataLoader(Noisy(), 4, sampler=random_sampler(Noisy())),
+    "drop last": lambda: DataLoader(Noisy(), 4, sampler=random_sampler(Noisy()), drop_last=True),
+    "generator": lambda: DataLoader(Noisy(), 4, sampler=with_generator(Noisy())),
+    "loader's generator": lambda: DataLoader(Noisy(), 4, shuffle=True, generator=torch.Generator().manual_seed(1)),
+    "weighted": lambda: DataLoader(Noisy(), 4, sampler=with_replacement(Noisy())),
+    "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=[[3, 1], [0], [7, 8, 9], [4, 4]]),  # type: ignore
+    "workers": lambda: DataLoader(Noisy(), 4, sampler=random_sampler(Noisy()), num_workers=2),
+    "views": lambda: DataLoader(Views(Noisy(), 3), 4, sampler=random_sampler(Noisy()), num_workers=2),
+    "stream": lambda: DataLoader(Stream(), 4),
+}  # fmt: skip
+
+
+def train(batches: Batches, done: int = 0, after: Any = None, until: int = 10**9) -> tuple[list[Any], int, Any]:
+    """What "training" on an epoch up to ``until`` samples sees: the images, and a number drawn in each step."""
+    seen = []
+    for (images, targets, _), indices in batches.epoch(done, after):
+        seen.append((images, targets, indices, torch.rand(())))
+        done += len(targets)
+        if done >= until:
+            break
+    return seen, done, batches.random_state()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_from_the_middle_on(kind):
+    """Two epochs, each of them interrupted in the middle, against two that are not."""
+
+    def two_epochs(cut: int | None) -> list[Any]:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        seen, batches = [], Batches(LOADERS[kind]())
+        for _ in range(2):
+            start = batches.random_state()
+            if cut is None:
+                seen += train(batches)[0]
+                continue
+            first, done, after = train(batches, until=cut)
+            torch.manual_seed(99)
+            np.random.seed(99)
+            batches = Batches(LOADERS[kind]())
+            batches.set_random_state(start)
+            seen += first + train(batches, done, after)[0]
+        return seen
+
+    whole = two_epochs(None)
+    for cut in (1, 7, 100):  # in the first batch, the second, after the last
+        parts = two_epochs(cut)
+        assert len(parts) == len(whole)
+        for one, other in zip(whole, parts, strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("kind", ["random", "workers", "drop last", "batch sampler"])
+def test_a_whole_epoch_is_that_of_the_loader(kind):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = [images for images, *_ in LOADERS[kind]()]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    batches = Batches(LOADERS[kind]())
+    assert len(batches) == len(expected)
+    for image, ((images, _, _), indices) in zip(expected, batches.epoch(), strict=True):
+        assert torch.equal(image, images)
+        assert images.flatten(1).min(1).values.int().tolist() == indices  # the noise is below 1
+
+
+def test_nothing_is_loaded_twice_with_views():
+    loaded = []
+
+    class Counting(Noisy):
+        def __getitem__(self, index: int) -> Any:
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    dataset = Views(Counting(), 2)
+    batches = Batches(DataLoader(dataset, 4, sampler=SequentialSampler(dataset)))
+    train(batches, done=16, after=batches.random_state())
+    assert loaded == [16, 17, 18, 19, 20]
+
+
+def test_a_batch_sampler_of_ones_own_is_kept():
+    class Own(BatchSampler):
+        def __iter__(self) -> Any:
+            return iter([[0, 2], [1]])
+
+    batches = Batches(DataLoader(Noisy(), batch_sampler=Own(SequentialSampler(Noisy()), 2, False)))
+    assert [indices for _, indices in batches.epoch()] == [[0, 2], [1]]
+    assert [indices for _, indices in batches.epoch(2, batches.random_state())] == [[1]]
