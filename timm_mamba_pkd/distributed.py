@@ -100,9 +100,10 @@ def failing_together(kind: type[Exception]) -> Iterator[None]:
     where = next((i for i, message in enumerate(messages) if message is not None), None)
     if where is None:
         return
+    message = str(messages[where]) if where == 0 else f"on rank {where}: {messages[where]}"
     if not is_main():
-        raise SaidByMain(messages[where]) from mine
-    raise mine or kind(f"on rank {where}: {messages[where]}")
+        raise SaidByMain(message) from mine
+    raise mine or kind(message)
 
 
 def broadcast(value: T) -> T:
