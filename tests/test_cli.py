@@ -117,4 +117,4 @@ def test_default_output_is_named_after_the_config(tmp_path, monkeypatch, capsys)
     (tmp_path / "runs" / "digits").mkdir(parents=True)
     (tmp_path / "runs" / "digits" / "config.yaml").touch()
     assert cli.main(["train", "--config", "configs/digits.yaml"]) == 2
-    assert "runs/digits already holds a run" in capsys.readouterr().err
+    assert "runs/digits holds a run that cannot be resumed" in capsys.readouterr().err

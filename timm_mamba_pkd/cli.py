@@ -1,8 +1,13 @@
 """The ``mamba-pkd`` command: ``check``, ``train``, ``evaluate``, ``report``, ``export`` and others."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from timm.utils import ParseKwargs
 
 from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
@@ -16,8 +21,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = argparse.ArgumentParser(add_help=False)
-    run.add_argument("--config", required=True, help="yaml file path")
+    safe = argparse.ArgumentParser(add_help=False)
+    safe.add_argument(
+        "--safe-config", action="store_true",
+        help="refuse a config that could run code, or write outside --output and --cache-dir",
+    )  # fmt: skip
+    run = argparse.ArgumentParser(add_help=False, parents=[safe])
     run.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
     run.add_argument("--run_log", help="log file path (default: log.txt in the output folder)")
     run.add_argument("--seed", type=seed, default=42, help="seed in random number generator (default: 42)")
@@ -27,10 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--amp", action="store_true", help="bfloat16 autocast (also: amp: True under train in the config)")
     run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
+    run.add_argument("--cache-dir", metavar="DIR", help="folder of cached logits, in place of the config's cache_dir")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("--config", required=True, help="yaml file path")
 
-    check = commands.add_parser("check", parents=[run], help="try a config without training: seconds instead of hours")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
+    sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
+    sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
+
+    check = commands.add_parser(
+        "check", parents=[config, run], help="try a config without training: seconds instead of hours"
+    )
     check.set_defaults(action=runner.run_check)
-    train = commands.add_parser("train", parents=[run], help="train a config's model, or distil its students")
+    train = commands.add_parser("train", parents=[config, run], help="train a config's model, or distil its students")
     train.add_argument("--fresh", action="store_true", help="start anew; the run in the output folder moves to old-N")
     train.add_argument(
         "--on-nonfinite", choices=["stop", "skip"], default="stop",
@@ -41,21 +60,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
-    evaluate = commands.add_parser("evaluate", parents=[run], help="test the trained models of a run")
+    evaluate = commands.add_parser(
+        "evaluate", parents=[run, sizes], help="test the trained models of a run, or any timm model with a checkpoint"
+    )
+    tested = evaluate.add_mutually_exclusive_group(required=True)
+    tested.add_argument("--config", help="yaml file path")
+    tested.add_argument("--model", metavar="NAME", help="timm model name; the flags below are timm's validate.py's")
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder of a folder of images per class, or of val/")
+    evaluate.add_argument("--dataset", default="", metavar="NAME", help="torch/cifar10 and the like (default: images)")
+    evaluate.add_argument("--split", default="validation", metavar="NAME", help="(default: validation)")
+    evaluate.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    evaluate.add_argument("-b", "--batch-size", type=positive, metavar="N", default=256, help="(default: 256)")
+    evaluate.add_argument("-j", "--workers", type=count, metavar="N", default=4, help="(default: 4)")
+    evaluate.add_argument("--mean", type=float, nargs="+", metavar="MEAN", help="of the pixels (default: the model's)")
+    evaluate.add_argument("--std", type=float, nargs="+", metavar="STD", help="of the pixels (default: the model's)")
+    evaluate.add_argument("--crop-pct", type=float, metavar="N", help="center crop (default: the model's)")
+    interpolations = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+    evaluate.add_argument("--interpolation", choices=interpolations, help="of the resizing (default: the model's)")
     evaluate.set_defaults(action=runner.run_evaluate)
-    expand = commands.add_parser("expand", help="print the torchdistill YAML that a progressive schedule stands for")
-    expand.add_argument("--config", required=True, help="yaml file path")
+    expand = commands.add_parser(
+        "expand", parents=[config, safe], help="print the torchdistill YAML that a progressive schedule stands for"
+    )
     expand.set_defaults(action=runner.run_expand)
     report = commands.add_parser("report", help="print a run's table and draw its plots again")
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
-    sizes = argparse.ArgumentParser(add_help=False)
-    sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
-    sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
-    sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
     export = commands.add_parser(
-        "export", parents=[sizes], help="write a model as ONNX, PT2, ExecuTorch or a Hugging Face folder, checked"
+        "export", parents=[safe, sizes], help="write a model as ONNX, PT2, ExecuTorch or a Hugging Face folder, checked"
     )
     export.add_argument("model", help="timm model name, or folder of a run")
     export.add_argument(
@@ -95,13 +127,37 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+@contextmanager
+def modules_of_working_folder(found: bool) -> Iterator[None]:
+    """Whether modules of the working folder are found: a config may name them, as under python -m, a safe one not."""
+    before = list(sys.path)
+    if not found:
+        sys.path[:] = [path for path in sys.path if os.path.realpath(path) != os.path.realpath(".")]
+    elif "" not in sys.path:
+        sys.path.append("")
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a user's errors are one line each on stderr and exit code 2, signals 128 plus theirs."""
     args = build_parser().parse_args(argv)
-    if "" not in sys.path:
-        sys.path.append("")  # a config may name modules of the working folder, as under python -m
     try:
-        with runner.ending_on_signals():
+        with (
+            runner.ending_on_signals(),
+            runner.tensors_only(),
+            modules_of_working_folder(not getattr(args, "safe_config", False)),
+        ):
             args.action(args)
     except (runner.ConfigError, FloatingPointError) as error:
         for line in str(error).splitlines():

@@ -8,6 +8,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from timm_mamba_pkd.deploy import first_students
 from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, load_weights, save_weights
 
 NAMES = ["mamba_pkd_s1", "mamba_pkd_s2", "mamba_pkd_s1"]
@@ -88,12 +89,21 @@ def test_combine_of_given_numbers(ensemble):
     torch.testing.assert_close(ensemble.combine(logits), torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[1.0, 3.0]]]))
 
 
-@pytest.mark.parametrize("k", [0, 4, -1])
-def test_active_out_of_range(ensemble, k):
+@pytest.mark.parametrize("k", [0, 4, -1, 2.5, True])
+def test_k_out_of_range(ensemble, k):
     ensemble.set_active(2)
-    with pytest.raises(ValueError, match=f"k must be from 1 to 3, got {k}"):
-        ensemble.set_active(k)
+    for function in (ensemble.set_active, ensemble.first, lambda k: first_students(ensemble, k, (9, 9))):
+        with pytest.raises(ValueError, match=f"k must be a whole number from 1 to 3, got {k}"):
+            function(k)
     assert ensemble.num_active == 2
+
+
+@pytest.mark.parametrize("positions", [[], [3], [0, -1], [0, 1.5], [True], "0"])
+def test_bad_positions(ensemble, positions):
+    ensemble.set_active(2)
+    with pytest.raises(ValueError, match="active students must be positions from 0 to 2, got "):
+        ensemble.set_active(positions)
+    assert ensemble.active_positions == [0, 1]
 
 
 def test_checkpoints_keep_the_number_of_active_students(ensemble, x, tmp_path):
@@ -224,6 +234,12 @@ def test_member_without_drop_paths():
     [
         ({"students": []}, r"students must be a list of at least one model name, got \[\]"),
         ({"students": "mamba_pkd_s1"}, "students must be a list of at least one model name, got 'mamba_pkd_s1'"),
+        ({"students": 3}, "students must be a list of at least one model name, got 3"),
+        ({"students": [1]}, r"students must be a list of at least one model name, got \[1\]"),
+        ({"students": ["mamba_pkd_s1", "mamba_pkd_ensemble"]}, "mamba_pkd_ensemble cannot be a student itself"),
+        ({"students": ["resnet18"], "global_pool": ""}, "global_pool must be a pooling of the students, .*, got ''"),
+        ({"students": ["resnet18"], "drop_rate": "a"}, "drop_rate must be a number from 0 to below 1, got 'a'"),
+        ({"students": ["resnet18"], "dtype": torch.int64}, "dtype must be torch.float32, .*, got torch.int64"),
         (
             {"students": ["mamba_pkd_s1", "mamba_s9"]},
             "unknown student 'mamba_s9'; ours are mamba_pkd_s1, .*mamba_pkd_s7",
@@ -236,6 +252,11 @@ def test_member_without_drop_paths():
 def test_bad_arguments(argument, message):
     with pytest.raises(ValueError, match=message):
         make(**argument)
+
+
+def test_features_only():
+    with pytest.raises(RuntimeError, match="features_only not implemented for mamba_pkd_ensemble"):
+        make(features_only=True)
 
 
 def test_init_weights_is_complete_and_reproducible():

@@ -100,7 +100,7 @@ def test_any_size_and_channels(size, in_chans):
         features = model.forward_features(x)
         assert features.shape == (1, 32, math.ceil(size[0] / 8), math.ceil(size[1] / 8))
         assert features.std() > 0.1
-        logits = features.mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias
+        logits = model.norm(features).mean((2, 3)) @ model.head.fc.weight.T + model.head.fc.bias
         torch.testing.assert_close(model(x), logits)
         torch.testing.assert_close(other(x), logits)  # made for another size
 
@@ -164,10 +164,10 @@ def test_drop_path_and_dropout():
     torch.testing.assert_close(dropping.eval()(x), plain.eval()(x))
 
     model = make(drop_rate=0.25)
-    features = torch.ones(500, 2, 2, 32)
+    features = torch.randn(500, 32, 2, 2)
     dropped = model.forward_head(features, pre_logits=True)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    assert (model.eval().forward_head(features, pre_logits=True) == 1).all()
+    assert (model.eval().forward_head(features, pre_logits=True) != 0).all()
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 1)])
@@ -192,8 +192,18 @@ def test_small_images_are_refused(size):
         ({"in_chans": 1.5}, "in_chans must be a whole number from 1 up, got 1.5"),
         ({"num_classes": -1}, r"num_classes must be a whole number from [01].* up, got -1"),
         ({"num_classes": "10"}, r"num_classes must be a whole number from [01].* up, got '10'"),
-        ({"drop_rate": 1.0}, "drop_rate must be from 0 to below 1, got 1.0"),
-        ({"drop_path_rate": -0.1}, "drop_path_rate must be from 0 to below 1, got -0.1"),
+        ({"num_classes": True}, r"num_classes must be a whole number from [01].* up, got True"),
+        ({"num_classes": 2.5}, r"num_classes must be a whole number from [01].* up, got 2.5"),
+        ({"in_chans": "3"}, "in_chans must be a whole number from 1 up, got '3'"),
+        ({"img_size": True}, r"img_size must be a whole number or \(height, width\), got True"),
+        ({"drop_rate": 1.0}, "drop_rate must be a number from 0 to below 1, got 1.0"),
+        ({"drop_rate": 1.5}, "drop_rate must be a number from 0 to below 1, got 1.5"),
+        ({"drop_rate": "a"}, "drop_rate must be a number from 0 to below 1, got 'a'"),
+        ({"drop_rate": True}, "drop_rate must be a number from 0 to below 1, got True"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be a number from 0 to below 1, got -0.1"),
+        ({"drop_path_rate": math.nan}, "drop_path_rate must be a number from 0 to below 1, got nan"),
+        ({"global_pool": ""}, "global_pool must be .*, got ''"),
+        ({"global_pool": "mean"}, r"global_pool must be one of avg, max, .*, got 'mean'"),
         ({"dtype": torch.int64}, "dtype must be torch.float32, .*, got torch.int64"),
         ({"dtype": torch.complex64}, "dtype must be torch.float32, .*, got torch.complex64"),
         ({"dtype": "float32"}, "dtype must be torch.float32, .*, got 'float32'"),
@@ -203,6 +213,21 @@ def test_bad_arguments(name, argument, message):
     # timm itself refuses an img_size that is not positive, after the model has.
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, **{"num_classes": 10, **argument})
+
+
+@pytest.mark.parametrize("num_stages", [0, 4, 2.0, True])
+def test_bad_number_of_stages(num_stages):
+    with pytest.raises(ValueError, match=f"num_stages must be a whole number from 1 to 3, got {num_stages}"):
+        make(num_stages=num_stages)
+
+
+def test_pooling_of_a_new_classifier_is_checked():
+    model = make()
+    for num_classes, pool in ((0, "mean"), (3, "")):
+        with pytest.raises(ValueError, match=f"global_pool must be .*, and '' where num_classes is 0, got '{pool}'"):
+            model.reset_classifier(num_classes, pool)
+    model.reset_classifier(0, "")
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 32, 2, 2)
 
 
 def test_bad_class_count_of_a_new_classifier():

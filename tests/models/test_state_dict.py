@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, save_for_hf
 from torch import Tensor
 
 from timm_mamba_pkd.models import save_weights
+from timm_mamba_pkd.models.combination import uniform_weights
 
 S1, S2 = "mamba_pkd_s1", "mamba_pkd_s2"
 ENSEMBLE = {"model_name": "mamba_pkd_ensemble", "students": [S1, "test_resnet"]}
@@ -130,6 +131,69 @@ def test_fine_tuning_an_ensemble_to_another_class_count(tmp_path):
             assert len(tensor) == 7
         else:
             torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("combination", ["mean", "per_student", "per_class"])
+@pytest.mark.parametrize("how", ["checkpoint_path", "local-dir"])
+def test_fine_tuning_a_fitted_ensemble(tmp_path, caplog, how, combination):
+    """With the classifiers, the combination starts anew, at the mean; connections and active students stay."""
+    students = [S1, S1, "test_resnet"]
+    ensemble = make("mamba_pkd_ensemble", students=students, combination=combination)
+    ensemble.connect(1, 1)
+    ensemble.set_active(2)
+    if ensemble.weights is not None:
+        ensemble.weights.uniform_()
+    if how == "local-dir":
+        save_for_hf(ensemble, str(tmp_path), safe_serialization=True)
+        model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    else:
+        save_weights(ensemble, tmp_path / "w.safetensors")
+        path = tmp_path / "w.safetensors"
+        model = checkpoint_path(
+            path, model_name="mamba_pkd_ensemble", students=students, combination=combination, num_classes=7
+        )
+    (record,) = [record for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
+    assert record.levelno == logging.WARNING and "The classifier starts anew" in record.message
+    state = ensemble.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name == "weights":
+            expected = uniform_weights(3, 7, combination)
+            assert expected is not None
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+        elif tensor.shape == state[name].shape:
+            torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+        else:
+            assert ".fc." in name and len(tensor) == 7
+    assert model.combination == combination and model.num_active == 2
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_a_damaged_folder_is_refused_for_another_class_count_too(tmp_path):
+    save_for_hf(make(**ENSEMBLE), str(tmp_path))
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    del state["students.0.norm.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    other: dict[str, Any] = {"num_classes": 7}
+    for kwargs in ({}, other):
+        with pytest.raises(RuntimeError, match=r"MambaPKDEnsemble: missing students\.0\.norm\.weight$"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **kwargs)
+
+
+@pytest.mark.parametrize("load", [checkpoint_path, later, pretrained])
+@pytest.mark.parametrize("name", ["norm.weight", "head.fc.weight"])
+def test_weights_of_integers_are_refused(tmp_path, load, name):
+    state = saved(tmp_path)[1]
+    state[name] = state[name].to(torch.int64)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match=f"dtype of {name} torch.int64 instead of torch.float32$"):
+        load(tmp_path / "weights.pth")
+
+
+def test_weights_of_another_precision_are_not(tmp_path):
+    state = saved(tmp_path)[1]
+    torch.save({name: t.half() if t.is_floating_point() else t for name, t in state.items()}, tmp_path / "w.pth")
+    model = checkpoint_path(tmp_path / "w.pth")
+    torch.testing.assert_close(model.norm.weight, state["norm.weight"].half().float())
 
 
 def test_fine_tuning_to_other_channels_and_classes(tmp_path):

@@ -177,7 +177,7 @@ def test_forward_intermediates():
         for i, feature in enumerate(features):
             torch.testing.assert_close(feature, outputs[i], rtol=0, atol=0)
         _, normalised = model.forward_intermediates(x, norm=True)
-        torch.testing.assert_close(normalised, [outputs[0], outputs[1], true], rtol=0, atol=0)
+        torch.testing.assert_close(normalised, [outputs[0], outputs[1], model.norm(true)], rtol=0, atol=0)
         (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
         torch.testing.assert_close(last, features[2], rtol=0, atol=0)
         for index in range(3):
@@ -185,8 +185,9 @@ def test_forward_intermediates():
                 outputs.clear()
                 final, (feature,) = model.forward_intermediates(x, [index - 3], norm, True)
                 assert sorted(outputs) == list(range(index + 1))
-                torch.testing.assert_close(feature, true if norm and index == 2 else outputs[index], rtol=0, atol=0)
-                torch.testing.assert_close(final, true if index == 2 else outputs[index], rtol=0, atol=0)
+                expected = normalised[2] if norm and index == 2 else outputs[index]
+                torch.testing.assert_close(feature, expected, rtol=0, atol=0)
+                torch.testing.assert_close(final, outputs[index], rtol=0, atol=0)
     with pytest.raises(ValueError, match="output_fmt must be NCHW, got NLC"):
         model.forward_intermediates(x, output_fmt="NLC")
     with pytest.raises(AssertionError, match="out of range"):
@@ -212,9 +213,8 @@ def test_prune_intermediate_layers(index):
             final, (feature,) = pruned.forward_intermediates(x, [index])
             torch.testing.assert_close(feature, taps[index])
             torch.testing.assert_close(pruned.forward_features(x), final)
-            torch.testing.assert_close(pruned(x), final)
-            if index < 2 or prune_norm:
-                torch.testing.assert_close(final, feature)
+            torch.testing.assert_close(final, feature)
+            torch.testing.assert_close(pruned(x), final if index < 2 or prune_norm else model.norm(final))
         (pruned.train()(x).square().mean()).backward()
         assert [key for key, parameter in pruned.named_parameters() if parameter.grad is None] == []
     pruned.reset_classifier(7, "avg")
@@ -271,6 +271,22 @@ def test_local_dir_round_trip(tmp_path, safe):
     adapted: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, in_chans=3)
     torch.testing.assert_close(adapted.stages.state_dict(), model.stages.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(adapted.stem.conv.weight.sum(1, keepdim=True), model.stem.conv.weight)
+
+
+@pytest.mark.parametrize(("index", "prune_norm"), [(0, False), (1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("num_classes", [0, 4])
+def test_local_dir_round_trip_after_pruning(tmp_path, index, prune_norm, num_classes):
+    model = make(in_chans=1, img_size=28).eval()
+    model.prune_intermediate_layers([index], prune_norm=prune_norm)
+    if num_classes:
+        model.reset_classifier(num_classes, "avg")
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    restored: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(restored.state_dict(), model.state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(restored(x), model(x), rtol=0, atol=0)
+    assert (restored.num_classes, restored.num_features) == (num_classes, model.num_features)
+    assert restored.prune_intermediate_layers([0]) == [0]
 
 
 @pytest.mark.parametrize(("suffix", "save"), [("safetensors", save_weights), ("pt", save_checkpoint)])

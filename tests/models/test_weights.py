@@ -1,6 +1,5 @@
 import argparse
 import pickle
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -59,27 +58,17 @@ def test_files_are_plain(tmp_path):
         torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("when", ["write", "replace"])
+@pytest.mark.parametrize("when", ["fsync", "replace"])
 @pytest.mark.parametrize(("save", "name"), SAVES)
 def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch, save, name, when):
     path = tmp_path / name
     save(Tiny(1), path)
     before = path.read_bytes()
 
-    def half_a_file(*args) -> None:
-        (target,) = (argument for argument in args if isinstance(argument, Path))
-        with target.open("wb") as file:
-            file.write(before[: len(before) // 2])
+    def fail(*args) -> None:
         raise OSError("no space left on device")
 
-    def no_replace(*args) -> None:
-        raise OSError("no space left on device")
-
-    if when == "write":
-        monkeypatch.setattr(Path, "write_bytes", half_a_file)
-        monkeypatch.setattr("torch.save", half_a_file)
-    else:
-        monkeypatch.setattr("os.replace", no_replace)
+    monkeypatch.setattr(f"os.{when}", fail)
     with pytest.raises(OSError, match="no space left"):
         save(Tiny(2), path)
     assert path.read_bytes() == before
@@ -185,6 +174,19 @@ def test_weights_of_another_class_count(tmp_path):
         r"is of another model than Tiny: "
         r"shape of head.weight \(5, 4\) instead of \(3, 4\), head.bias \(5,\) instead of \(3,\)$",
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    model = Tiny(1)
+    model.head.bias.data[1] = value
+    save_weights(model, tmp_path / "w.safetensors")
+    assert_refused(tmp_path / "w.safetensors", r"holds values that are not finite: head.bias$")
+
+
+def test_weights_of_integers(tmp_path):
+    torch.save({**Tiny(1).state_dict(), "head.bias": torch.ones(3, dtype=torch.int64)}, tmp_path / "w.pt")
+    assert_refused(tmp_path / "w.pt", "another model than Tiny: dtype of head.bias torch.int64 instead of torch.float")
 
 
 def test_weights_of_another_student(tmp_path):

@@ -30,6 +30,7 @@ RUN: dict[str, list[tuple]] = {
     "test_prune_intermediate_layers_params_used": [()],
     "test_head_hidden_size": [({},)],
     "test_features_only_feature_cls_class": [()],
+    "test_forward_after_prune_intermediate_layers": [()],
     "test_prune_intermediate_layers_last_feature": [(True,)],
     "test_prune_intermediate_layers_contract": [()],
     "test_prune_to_stem_feature": [()],
@@ -60,8 +61,6 @@ EXCLUDED = {
     "test_model_load_pretrained": "downloads; no weights of ours are on the hub",
     "test_model_features_pretrained": "downloads; no weights of ours are on the hub",
     "test_model_default_cfgs_non_std": "for tokens; models with feature maps, as ours, are in test_model_default_cfgs",
-    "test_forward_after_prune_intermediate_layers": "for models that end with the last stage: ours have a norm after "
-    "it (so have timm's nextvit_small, resnetv2_18 and dpn48b, which are not in the test either)",
     "test_catavgmax_unsupported": "ours do support it, see test_head_hidden_size",
     "test_model_features_output_stride": "the argument output_stride, of models that can be dilated",
     "test_prune_extra_blocks_stem_width": "the argument extra_blocks, of EfficientNet and MobileNet",

@@ -40,6 +40,8 @@ BAD = {
     "mamba_pkd_s1 resnet19": "unknown model 'resnet19'; known: resnet",
     "mamba_pkd_s1 --results-file old.csv": "--results-file old.csv exists already: name another, or move it away",
     "mamba_pkd_s1 --results-file old.csv/new.csv": "folder old.csv cannot be written: File exists",
+    "mamba_pkd_s1 --results-file=": "--results-file must name a file, got ''",
+    "mamba_pkd_s1 --results-file .": "--results-file must name a file, got '.'",
     "mamba_pkd_s1 --device gpu": "device gpu cannot be used: ",
     "mamba_pkd_s1 --img-size 4": "model mamba_pkd_s1 cannot be created: img_size must be at least 8",
     "mamba_pkd_s1 vit_tiny_patch16_224 --img-size 8": "model vit_tiny_patch16_224 cannot take images of 3x8x8: ",

@@ -11,13 +11,19 @@ from huggingface_hub import ModelCardData
 from timm.models import save_for_hf
 
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.models.arguments import check_count
 from timm_mamba_pkd.report import count_macs, count_params
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # in timm's pretrained_cfg
 
 
 def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]) -> MambaPKDEnsemble:
-    """An ensemble of the first ``k`` students of ``ensemble`` alone, with copies of their weights."""
+    """An ensemble of the first ``k`` students of ``ensemble`` alone, with copies of their weights.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    check_count("k", k, 1, len(ensemble.students))
     state = {}
     for name, tensor in ensemble.state_dict().items():
         student = re.match(r"(?:students|reuse)\.(\d+)\.", name)

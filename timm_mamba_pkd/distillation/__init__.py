@@ -2,7 +2,7 @@
 
 from torchdistill.models.registry import register_model
 
-from timm_mamba_pkd.distillation.bridges import build_model, unknown_name
+from timm_mamba_pkd.distillation.bridges import build_model, unknown_name, weights_file
 from timm_mamba_pkd.distillation.logits_cache import CacheError
 from timm_mamba_pkd.distillation.procs import finish_stage
 from timm_mamba_pkd.distillation.progressive import progressive
@@ -26,4 +26,5 @@ __all__ = [
     "finish_stage",
     "progressive",
     "unknown_name",
+    "weights_file",
 ]

@@ -75,15 +75,20 @@ def build_model(config: dict[str, Any]) -> nn.Module:
             model = get_model(key, repo, **kwargs)
     except TypeError as error:
         raise ValueError(f"model {key} does not take these kwargs: {error}") from error
-    source = config.get("src_ckpt")
-    if source is not None:
-        if str(source).startswith(("http://", "https://")):
-            source = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
-            source.parent.mkdir(parents=True, exist_ok=True)
-            if not source.is_file():
-                torch.hub.download_url_to_file(str(config["src_ckpt"]), str(source))
-        load_weights(model, source)
+    if config.get("src_ckpt") is not None:
+        load_weights(model, weights_file(config["src_ckpt"]))
     return model
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of a ``src_ckpt``, which may be a URL: it is then downloaded to where torch.hub keeps checkpoints."""
+    if not str(source).startswith(("http://", "https://")):
+        return Path(source)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        torch.hub.download_url_to_file(str(source), str(path))
+    return path
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

@@ -2,15 +2,26 @@
 
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble, mamba_pkd_ensemble
 from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD
-from timm_mamba_pkd.models.weights import WeightsError, load_weights, save_checkpoint, save_weights
+from timm_mamba_pkd.models.weights import (
+    WeightsError,
+    load_state,
+    load_weights,
+    read_weights,
+    save_checkpoint,
+    save_weights,
+    tensors_only,
+)
 
 __all__ = [
     "STUDENTS",
     "MambaPKD",
     "MambaPKDEnsemble",
     "WeightsError",
+    "load_state",
     "load_weights",
     "mamba_pkd_ensemble",
+    "read_weights",
     "save_checkpoint",
     "save_weights",
+    "tensors_only",
 ]

@@ -6,13 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, is_model, register_model
+from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from timm_mamba_pkd.models.arguments import (
+    check_count,
+    check_dtype,
+    check_img_size,
+    check_names,
+    check_rates,
+    is_whole,
+)
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
-from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg, check_count, check_img_size
+from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
 from timm_mamba_pkd.models.reuse import Reuse, run_students
-from timm_mamba_pkd.models.state_dict import fit_state_dict
+from timm_mamba_pkd.models.state_dict import classifier_names, fit_state_dict, require_architecture
 
 __all__ = ["MambaPKDEnsemble"]
 
@@ -43,6 +51,9 @@ class MambaPKDEnsemble(nn.Module):
         reuse: the connections of students that reuse the features of earlier ones, by position from 0.
 
     A state dict with weights or connections brings them along: an ensemble that lacks them gets them on loading.
+
+    Raises:
+        ValueError: an argument is of a wrong type or out of its range.
     """
 
     active: Tensor
@@ -62,12 +73,12 @@ class MambaPKDEnsemble(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(students, str) or not students:
-            raise ValueError(f"students must be a list of at least one model name, got {students!r}")
-        unknown = [name for name in students if not is_model(name)]
-        if unknown:
-            raise ValueError(f"unknown student '{unknown[0]}'; ours are {', '.join(STUDENTS)}, or any timm model")
+        check_names(students)
         check_count("num_classes", num_classes, 1)
+        check_count("in_chans", in_chans, 1)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_dtype(dtype)
+        _check_pool(global_pool)
         self.names = tuple(students)
         self.num_classes = num_classes
         self.num_classes_given = False
@@ -121,12 +132,12 @@ class MambaPKDEnsemble(nn.Module):
     def set_active(self, students: int | Iterable[int]) -> None:
         """Let `forward` use the first ``students`` students, or those at these positions (from 0)."""
         count = len(self.students)
-        if isinstance(students, int) and not 1 <= students <= count:
-            raise ValueError(f"k must be from 1 to {count}, got {students}")
-        positions = range(students) if isinstance(students, int) else sorted(set(students))
-        if not positions or not 0 <= positions[0] <= positions[-1] < count:
-            raise ValueError(f"active students must be positions from 0 to {count - 1}, got {students}")
-        self._positions = list(positions)
+        if not isinstance(students, Iterable):
+            check_count("k", students, 1, count)
+        positions = list(students) if isinstance(students, Iterable) else range(students)
+        if not positions or not all(is_whole(position) and 0 <= position < count for position in positions):
+            raise ValueError(f"active students must be positions from 0 to {count - 1}, got {students!r}")
+        self._positions = sorted(set(positions))
         self.active.fill_(False)
         self.active[self._positions] = True
 
@@ -202,12 +213,20 @@ class MambaPKDEnsemble(nn.Module):
         """
         before = dict(self.reuse.items()), self.weights
         found = {**state_dict, **self.adapt_to(state_dict)}
+        if self.num_classes_given and self.weights is not None and self._is_of_another_class_count(found):
+            self.set_combination(self.combination)
+            found["weights"] = self.weights
         try:
             fitting = fit_state_dict(self, found, strict, self.num_classes_given)
         except RuntimeError:
             self.reuse, self.weights = nn.ModuleDict(before[0]), before[1]
             raise
         return super().load_state_dict(fitting, strict, assign)
+
+    def _is_of_another_class_count(self, state_dict: Mapping[str, Tensor]) -> bool:
+        own = self.state_dict()
+        found = {name: state_dict.get(name) for name in classifier_names(self)}
+        return any(tensor is not None and tensor.shape != own[name].shape for name, tensor in found.items())
 
     def _connect_like(self, position: int, width: int) -> None:
         """Connect the student at ``position`` to as many earlier ones as give ``width`` channels in the first stage."""
@@ -227,7 +246,12 @@ class MambaPKDEnsemble(nn.Module):
         return [found.get(str(i)) for i in range(len(self.students))]
 
     def first(self, k: int) -> "Students":
-        """The first ``k`` students as a classifier of its own, which shares their parameters."""
+        """The first ``k`` students as a classifier of its own, which shares their parameters.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        check_count("k", k, 1, len(self.students))
         return Students(self, range(k))
 
     def alone(self, position: int) -> nn.Module:
@@ -266,6 +290,7 @@ class MambaPKDEnsemble(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_count("num_classes", num_classes, 1)
+        _check_pool(global_pool)
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
         for student in self.students:
@@ -318,8 +343,21 @@ def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Native weights, bare or under torchdistill's ``model`` key."""
-    return state_dict.get("model", state_dict)
+    """Native weights, bare or under torchdistill's ``model`` key.
+
+    Raises:
+        RuntimeError: they are of other students; names the first keys that differ.
+    """
+    assert isinstance(model, MambaPKDEnsemble)
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = {**state_dict, **model.adapt_to(state_dict)}
+    require_architecture(model, state_dict, {"weights", *classifier_names(model)})
+    return state_dict
+
+
+def _check_pool(global_pool: Any) -> None:
+    if global_pool is not None and not (isinstance(global_pool, str) and global_pool):
+        raise ValueError(f"global_pool must be a pooling of the students, such as 'avg', got {global_pool!r}")
 
 
 def _read_active(module: nn.Module, incompatible_keys: Any) -> None:
@@ -334,8 +372,16 @@ default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_
 @register_model
 def mamba_pkd_ensemble(pretrained: bool = False, **kwargs: Any) -> MambaPKDEnsemble:
     """Anytime ensemble of the students named by ``students`` (default: s1 to s7)."""
+    if kwargs.get("features_only"):
+        raise RuntimeError("features_only not implemented for mamba_pkd_ensemble: its students have features")
+    given = "num_classes" in kwargs
+
+    def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        model.num_classes_given = given  # pyright: ignore[reportArgumentType]
+        return checkpoint_filter_fn(state_dict, model)
+
     model: Any = build_model_with_cfg(
-        MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+        MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, pretrained_filter_fn=filter_fn, **kwargs
     )
-    model.num_classes_given = "num_classes" in kwargs
+    model.num_classes_given = given
     return model

@@ -5,9 +5,8 @@ convolutional stem made for images of 28 to 64 pixels, inverted residuals on the
 blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_mamba_pkd.layers import Downsample, InvertedResidual, Mamba, MambaBlock
-from timm_mamba_pkd.models.state_dict import classifier_names, differences, fit_state_dict
+from timm_mamba_pkd.models.arguments import check_count, check_dtype, check_img_size, check_pool, check_rates
+from timm_mamba_pkd.models.state_dict import classifier_names, fit_state_dict, require_architecture
 
 __all__ = ["MambaPKD"]
 
@@ -43,9 +43,6 @@ STUDENTS = {
     "mamba_pkd_s6": StudentCfg(dims=(48, 80, 120), depths=(2, 4, 4)),
     "mamba_pkd_s7": StudentCfg(dims=(44, 96, 144), depths=(2, 5, 4)),
 }
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Stem(nn.Module):
@@ -100,9 +97,11 @@ class MambaPKD(nn.Module):
         cfg: widths and depths.
         img_size: image size the model is made for, (height, width) or one number; other sizes work as well.
         in_chans, num_classes, global_pool, drop_rate, drop_path_rate, device, dtype: timm's meanings.
+        num_stages, final_norm: less of the network, what `prune_intermediate_layers` leaves. The norm follows the last
+            of all stages only.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is of a wrong type or out of its range.
     """
 
     def __init__(
@@ -114,6 +113,8 @@ class MambaPKD(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        num_stages: int = 3,
+        final_norm: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -121,11 +122,10 @@ class MambaPKD(nn.Module):
         super().__init__()
         check_count("in_chans", in_chans, 1)
         check_count("num_classes", num_classes, 0)
-        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, got {rate!r}")
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        check_count("num_stages", num_stages, 1, len(cfg.dims))
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_pool(global_pool, num_classes)
+        check_dtype(dtype)
         self.num_classes = num_classes
         self.num_classes_given = False
         self.in_chans = in_chans
@@ -137,7 +137,7 @@ class MambaPKD(nn.Module):
         self.stages: Any = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         in_dim = cfg.dims[0]
-        for i, (dim, stage_rates) in enumerate(zip(cfg.dims, rates, strict=True)):
+        for i, (dim, stage_rates) in enumerate(list(zip(cfg.dims, rates, strict=True))[:num_stages]):
             blocks: list[nn.Module] = [
                 MambaBlock(dim, cfg.d_state, cfg.expand, cfg.mlp_ratio, drop_path=rate, **dd)
                 if i
@@ -148,7 +148,8 @@ class MambaPKD(nn.Module):
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
             in_dim = dim
 
-        self.norm = LayerNorm2d(in_dim, eps=1e-5, **dd)
+        whole = num_stages == len(cfg.dims)
+        self.norm = LayerNorm2d(in_dim, eps=1e-5, **dd) if final_norm and whole else nn.Identity()
         self.num_features = in_dim
         self._make_head(global_pool, **dd)
         self.init_weights()
@@ -214,6 +215,8 @@ class MambaPKD(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_count("num_classes", num_classes, 0)
+        if global_pool is not None:
+            check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         like: Any = next(self.parameters())
         self._make_head(
@@ -235,7 +238,7 @@ class MambaPKD(nn.Module):
         Args:
             x: images (B, in_chans, H, W).
             indices: stages to take: the last n if an int, all if None.
-            norm: apply the final norm to the last stage's intermediate.
+            norm: apply the norm, which is the head's otherwise, to the last stage's intermediate.
             stop_early: skip the stages after the last one taken.
             output_fmt: 'NCHW', the only one.
             intermediates_only: do not return the final features.
@@ -255,7 +258,7 @@ class MambaPKD(nn.Module):
                 intermediates.append(self.norm(x) if norm and i == final else x)
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if last == final else x), intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -270,13 +273,17 @@ class MambaPKD(nn.Module):
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shorter:
             self.reset_classifier(0, "")
+        # What timm makes the model of again from a folder of the hub.
+        left = {"num_stages": last + 1, "final_norm": not isinstance(self.norm, nn.Identity)}
+        self._model_args = {**getattr(self, "_model_args", {}), **left}
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised features of the last stage: (B, C, ceil(H / 8), ceil(W / 8))."""
-        return self.norm(self.stages(self.stem(x)))
+        """Features of the last stage, (B, C, ceil(H / 8), ceil(W / 8)); the norm after it is part of the head."""
+        return self.stages(self.stem(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.norm(x)
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -299,33 +306,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         RuntimeError: they are of another architecture; names the first keys that differ.
     """
     state_dict = state_dict.get("model", state_dict)
-    adapted = {"stem.conv.weight", *classifier_names(model)}
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in adapted}
-    different = differences({name: tensor for name, tensor in state_dict.items() if name not in adapted}, wanted)
-    if different:
-        raise RuntimeError(f"the weights are of another architecture than this {type(model).__name__}: {different}")
+    require_architecture(model, state_dict, {"stem.conv.weight", *classifier_names(model)})
     return state_dict
-
-
-def check_img_size(img_size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of an image size.
-
-    Raises:
-        ValueError: it is no whole number or pair, or too small.
-    """
-    size: Any = tuple(img_size) if isinstance(img_size, Iterable) else (img_size, img_size)
-    if len(size) != 2 or not all(isinstance(side, Integral) for side in size):
-        raise ValueError(f"img_size must be a whole number or (height, width), got {img_size!r}")
-    if min(size) < 8:
-        raise ValueError(f"img_size must be at least 8 (the network halves the grid three times), got {img_size}")
-    return size
-
-
-def check_count(name: str, count: int, least: int) -> None:
-    """Raise a ValueError unless ``count`` is a whole number from ``least`` up."""
-    if not isinstance(count, Integral) or count < least:
-        zero = " (no classifier)" if least == 0 else ""
-        raise ValueError(f"{name} must be a whole number from {least}{zero} up, got {count!r}")
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:

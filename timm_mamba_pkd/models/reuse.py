@@ -64,7 +64,7 @@ def run_students(
         if reuse[i] is None and i not in shared:
             yield student(x)
         else:
-            yield student.forward_head(student.norm(features_of(i)[-1]))
+            yield student.forward_head(features_of(i)[-1])
 
 
 def _features(student: Any, x: Tensor, own: Reuse | None, sources: list[list[Tensor]]) -> list[Tensor]:

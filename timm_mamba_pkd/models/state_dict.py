@@ -10,7 +10,10 @@ _logger = logging.getLogger(__name__)
 
 
 def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The first names and shapes in which ``found`` differs from ``wanted``; empty if there are none."""
+    """The first names, shapes and kinds of dtype in which ``found`` differs from ``wanted``; empty if there are none.
+
+    Floating point numbers may be of another precision.
+    """
     kinds = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [str(name) for name in found if name not in wanted],
@@ -19,10 +22,28 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> st
             for name, tensor in wanted.items()
             if name in found and found[name].shape != tensor.shape
         ],
+        "dtype of": [
+            f"{name} {found[name].dtype} instead of {tensor.dtype}"
+            for name, tensor in wanted.items()
+            if name in found and found[name].is_floating_point() != tensor.is_floating_point()
+        ],
     }
     return "; ".join(
         f"{kind} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in kinds.items() if names
     )
+
+
+def not_finite(state_dict: Mapping[str, Tensor]) -> str:
+    """The first names of tensors that hold NaN or infinity; empty if there are none."""
+    names = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def require_architecture(model: Any, found: Mapping[str, Tensor], apart_from: set[str]) -> None:
+    """Raise a RuntimeError that names the first keys in which a state dict differs from ``model``'s, but for some."""
+    different = differences(_without(apart_from, found), _without(apart_from, model.state_dict()))
+    if different:
+        raise RuntimeError(f"the weights are of another architecture than this {type(model).__name__}: {different}")
 
 
 def fit_state_dict(
@@ -37,7 +58,7 @@ def fit_state_dict(
         new_classifier: where only the class count differs, the model keeps its own classifier; a warning says so.
 
     Raises:
-        RuntimeError: as ``load_state_dict``: the names or shapes differ; the message has the first ones.
+        RuntimeError: as ``load_state_dict``: the names, shapes or dtypes differ; the message has the first ones.
     """
     wanted = model.state_dict()
     compared = found if strict else wanted | {name: tensor for name, tensor in found.items() if name in wanted}

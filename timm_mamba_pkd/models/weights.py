@@ -1,7 +1,9 @@
 """Reading and writing of model weights: safetensors out; safetensors or ``weights_only`` torch files in."""
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd.files import whole_file, write_file
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
-from timm_mamba_pkd.models.state_dict import differences
+from timm_mamba_pkd.models.state_dict import differences, not_finite
+
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class WeightsError(ValueError):
@@ -67,17 +71,47 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise WeightsError(f"weights file {path} holds no state dict (expected tensors by name, or 'model': tensors)")
+    odd = next((name for name, tensor in content.items() if not _is_plain(tensor)), None)
+    if odd is not None:
+        raise WeightsError(
+            f"weights file {path} holds {odd} as a sparse, quantized, complex or empty shell of a tensor"
+        )
     return dict(content)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """In this context `torch.load` builds tensors and plain values only, whoever calls it, and whatever it asks for.
+
+    It is PyTorch's own switch, for what torchvision, torchdistill and data sets load, worker processes included.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights at ``path`` into ``model``, all of them or none.
 
     Raises:
-        WeightsError: as `read_weights`, or the file belongs to another architecture or class count; the message
-            names the first keys that differ.
+        WeightsError: as `read_weights`, or the file belongs to another architecture or class count, or holds NaN or
+            infinity; the message names the first keys concerned.
     """
-    found = read_weights(path)
+    load_state(model, read_weights(path), path)
+
+
+def load_state(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict, which `read_weights` found at ``path``, as `load_weights` does."""
+    if broken := not_finite(found):
+        raise WeightsError(f"weights file {path} holds values that are not finite: {broken}")
     before = None
     if isinstance(model, MambaPKDEnsemble):
         before = dict(model.reuse.items()), model.weights

@@ -1,5 +1,6 @@
 """Checking, training, evaluation and reporting of torchdistill configs, export: what the ``mamba-pkd`` command runs."""
 
+from timm_mamba_pkd.models import tensors_only
 from timm_mamba_pkd.runner.benchmark import run_benchmark
 from timm_mamba_pkd.runner.commands import run_check, run_doctor, run_evaluate, run_expand, run_report, run_train
 from timm_mamba_pkd.runner.errors import ConfigError
@@ -18,4 +19,5 @@ __all__ = [
     "run_export",
     "run_report",
     "run_train",
+    "tensors_only",
 ]

@@ -29,6 +29,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     results_file = None if args.results_file is None else Path(args.results_file).expanduser()
     if results_file is not None:
+        if not args.results_file or results_file.is_dir():
+            raise ConfigError(f"--results-file must name a file, got '{args.results_file}'")
         if results_file.exists():
             raise ConfigError(f"--results-file {results_file} exists already: name another, or move it away")
         make_folder(results_file.parent)

@@ -5,7 +5,7 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +26,11 @@ from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.train import Options, train
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def _print_estimates(
 
 def run_expand(args: argparse.Namespace) -> None:
     """``mamba-pkd expand``: print the torchdistill YAML that a progressive schedule stands for."""
-    print(expand(args.config), end="")
+    print(expand(args.config, args.safe_config), end="")
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -97,13 +99,8 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
     job, amp = _set_up(args, device)
     destination = job.destination
     with distributed.failing_together(ConfigError):
-        if (
-            distributed.is_main()
-            and destination is not None
-            and destination.exists()
-            and not resuming
-            and not args.fresh
-        ):
+        starts = distributed.is_main() and not resuming
+        if starts and destination is not None and destination.exists() and not args.fresh:
             raise ConfigError(
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
@@ -112,7 +109,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
         if distributed.is_main():
             if destination is not None:
                 make_folder(destination.parent)
-            if not resuming:
+            if starts:
                 _begin(args, run, flags, stack, destination)
     with _logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext():
         if args.log_config:
@@ -156,6 +153,13 @@ def _begin(
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights."""
+    if getattr(args, "model", None) is not None:
+        _refuse(args, ("output", "cache_dir", "run_log", "safe_config", "student_only", "log_config"), "--config")
+        if distributed.launched():
+            raise ConfigError("evaluate --model works in one process: start it without torchrun")
+        evaluate_named(args)
+        return
+    _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
     run, device = _run_folder(args), _device(args)
     with distributed.process_group(device):
         job, amp = _set_up(args, device)
@@ -168,6 +172,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
                 raise ConfigError(str(error)) from error
         with _logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
             _test(args, job, device, amp)
+
+
+def _refuse(args: argparse.Namespace, flags: Sequence[str], other: str) -> None:
+    for flag in flags:
+        if getattr(args, flag, None):
+            raise ConfigError(f"--{flag.replace('_', '-')} is for evaluate {other}: leave it out")
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -215,6 +225,12 @@ def run_doctor(args: argparse.Namespace) -> None:
             print(f"  {name}: {reason or 'can serve'}")
 
 
+def safe_folders(args: argparse.Namespace) -> Folders | None:
+    """Where a run with ``--safe-config`` may write; None without the flag."""
+    cache = None if args.cache_dir is None else Path(args.cache_dir)
+    return Folders(_run_folder(args).path, cache) if args.safe_config else None
+
+
 def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
@@ -222,15 +238,16 @@ def _run_folder(args: argparse.Namespace) -> RunFolder:
 def _device(args: argparse.Namespace) -> torch.device:
     """The device of the flags; of several processes on a machine each has a GPU of its own."""
     device = find_device(args.device)
-    return (
-        torch.device("cuda", distributed.local_rank()) if distributed.launched() and device.type == "cuda" else device
-    )
+    if device.type != "cuda" or not distributed.launched():
+        return device
+    return find_device(f"cuda:{distributed.local_rank()}")
 
 
 def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, bool]:
     """Seed, and the job of the config; whether to use autocast."""
-    if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
-        raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
+    with distributed.failing_together(ConfigError):
+        if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
+            raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
@@ -241,7 +258,7 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, bool]:
         with distributed.failing_together(ConfigError):
             if first == (distributed.local_rank() == 0):
                 set_seed(args.seed)
-                job = prepare(args.config, device)
+                job = prepare(args.config, device, args.cache_dir, safe_folders(args))
     for warning in job.warnings:
         logger.warning(warning)
     if distributed.rank() > 0:

@@ -8,6 +8,7 @@ import yaml
 
 from timm_mamba_pkd.distillation import progressive
 from timm_mamba_pkd.runner.errors import ConfigError, explain
+from timm_mamba_pkd.runner.safe_config import require_safe
 from timm_mamba_pkd.runner.schema import check_schema, schedule_arguments
 from timm_mamba_pkd.runner.source import Source
 
@@ -22,13 +23,16 @@ class Tagged:
     content: Any
 
 
-def expand(config_path: str | Path) -> str:
-    """The YAML text of a config with ``train`` written out, stage by stage. Nothing in the config is executed.
+def expand(config_path: str | Path, safe: bool = False) -> str:
+    """The YAML text of a config with ``train`` written out, stage by stage. Nothing is executed but a rule's import.
 
     Raises:
-        ConfigError: the file is no config, its schedule has bad arguments, or its ``train`` is no progressive schedule.
+        ConfigError: the file is no config, its schedule has bad arguments, or its ``train`` is no progressive schedule;
+            with ``safe``, also whatever `require_safe` refuses.
     """
     source = Source.read(config_path)
+    if safe:
+        require_safe(source, None)
     check_schema(source)
     arguments = schedule_arguments(source.root)
     if arguments is None:

@@ -4,7 +4,8 @@ import argparse
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import set_exportable
 from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +20,17 @@ from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
 from timm_mamba_pkd.deploy import FORMATS, first_students, quantize_onnx, write_hub_folder
-from timm_mamba_pkd.distillation import build_model
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.report import median_time
 from timm_mamba_pkd.runner.check import size
-from timm_mamba_pkd.runner.config import Job, prepare
+from timm_mamba_pkd.runner.config import Trained, prepare_trained
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.safe_config import Folders
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Subject:
         eager: the same, or the ensemble's first students; in eval mode.
         exportable: like ``eager``, with the same weights, made in timm's exportable mode.
         input_size: (C, H, W) of an image.
-        job: what the run's config, or that of ``--config``, stands for.
+        config: the run's, or that of ``--config``.
         run: the folder of the run that the model is of.
     """
 
@@ -58,7 +59,7 @@ class Subject:
     eager: nn.Module
     exportable: nn.Module
     input_size: tuple[int, int, int]
-    job: Job | None
+    config: Trained | None
     run: RunFolder | None
 
 
@@ -67,8 +68,10 @@ def run_export(args: argparse.Namespace) -> None:
     kinds = list(dict.fromkeys(args.format))
     _require_packages(kinds, args.int8)
     subject = _find(args)
-    if args.int8 and subject.job is None:
+    if args.int8 and subject.config is None:
         raise ConfigError("--int8 measures the accuracy on labelled data: name a config that has them by --config")
+    if args.int8 and subject.config is not None and subject.config.missing:
+        raise ConfigError(f"--int8 measures the accuracy on labelled data: {subject.config.missing}")
     if "hf" in kinds and not hasattr(subject.whole, "pretrained_cfg"):
         raise ConfigError(f"--format hf takes models of timm, and {subject.name} is none")
     card = _card(subject) if "hf" in kinds else {}
@@ -79,19 +82,39 @@ def run_export(args: argparse.Namespace) -> None:
     for path in [*paths.values(), *([int8] if args.int8 else [])]:
         if path.exists():
             raise ConfigError(f"{path} exists already: choose another --output, or move it away")
-    make_folder(folder)
+    if subject.config is not None and subject.config.missing:
+        logger.warning(
+            "The data cannot be read (%s): what is written is compared on random images only. Their size, %s, and the "
+            "%d classes are those of the model %s of %s",
+            subject.config.missing, "x".join(map(str, subject.input_size)), subject.config.num_classes,
+            subject.config.name, subject.config.path,
+        )  # fmt: skip
 
-    images = _images(subject)
-    with torch.inference_mode():
-        eager_time = median_time(lambda: subject.eager(images["random"][:1]), repeats=200)
-    print(f"{subject.name}: {eager_time:.3g} ms an image in eager PyTorch, {torch.get_num_threads()} CPU threads")
-    for kind, path in paths.items():
-        if kind == "hf":
-            _export_to_hub(subject, path, images, card)
-        else:
-            _export(subject, kind, path, images)
-        if kind == "onnx" and args.int8:
-            _export_int8(subject, path, int8, images)
+    with _folder(folder):
+        images = _images(subject)
+        with torch.inference_mode():
+            eager_time = median_time(lambda: subject.eager(images["random"][:1]), repeats=200)
+        print(f"{subject.name}: {eager_time:.3g} ms an image in eager PyTorch, {torch.get_num_threads()} CPU threads")
+        for kind, path in paths.items():
+            if kind == "hf":
+                _export_to_hub(subject, path, images, card)
+            else:
+                _export(subject, kind, path, images, eager_time)
+            if kind == "onnx" and args.int8:
+                _export_int8(subject, path, int8, images, eager_time)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder to write to; it, and those above it, are not left behind empty."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield
+    finally:
+        for folder in new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _require_packages(kinds: list[str], int8: bool) -> None:
@@ -105,44 +128,49 @@ def _require_packages(kinds: list[str], int8: bool) -> None:
 
 def _find(args: argparse.Namespace) -> Subject:
     """The model that the command names, a folder or a name in timm, with the weights it names."""
-    cpu = find_device("cpu")
+    find_device("cpu")
     path = Path(args.model).expanduser()
     if ":" not in args.model and not is_model(args.model) and (path.is_dir() or "/" in args.model):
-        return _find_in_run(args, RunFolder(path), cpu)
+        return _find_in_run(args, RunFolder(path))
     if ":" in args.model and (args.num_classes is not None or args.in_chans is not None):
         raise ConfigError(f"--num-classes and --in-chans are those of {args.model}: leave them out")
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans, "img_size": args.img_size}
-    job = None
+    config = None
     if args.config is not None:
         _refuse_sizes(args, f"--config {args.config}")
-        job = prepare(args.config, cpu)
-        sizes = {"num_classes": job.num_classes, "in_chans": job.input_size[0], "img_size": job.input_size[1:]}
+        config = prepare_trained(args.config, _folders(args, RunFolder(Path("runs") / args.model)))
+        channels, *size = config.input_size
+        sizes = {"num_classes": config.num_classes, "in_chans": channels, "img_size": tuple(size)}
     whole, input_size = create_named(args.model, **sizes)
     exportable, _ = create_named(args.model, **sizes, exportable=True)
     if args.checkpoint is not None:
         _load(whole, Path(args.checkpoint))
-    elif ":" not in args.model:
-        logger.warning("%s is exported with random weights: name trained ones by --checkpoint", args.model)
+    elif broken := not_finite(whole.state_dict()):
+        raise ConfigError(f"the weights of {args.model} hold values that are not finite: {broken}")
     exportable.load_state_dict(whole.state_dict())
     name = Path(args.model.partition(":")[2] or args.model).name
-    return _subject(args, name, whole, exportable, input_size, job, None)
+    subject = _subject(args, name, whole, exportable, input_size, config, None)
+    if args.checkpoint is None and ":" not in args.model:
+        logger.warning("%s is exported with random weights: name trained ones by --checkpoint", args.model)
+    return subject
 
 
-def _find_in_run(args: argparse.Namespace, run: RunFolder, cpu: torch.device) -> Subject:
+def _find_in_run(args: argparse.Namespace, run: RunFolder) -> Subject:
     if not run.config.is_file():
         raise ConfigError(f"{args.model} is neither a model of timm nor the folder of a run (no config.yaml in it)")
     if args.config is not None:
         raise ConfigError(f"--config is that of the run in {args.model}: leave it out")
     _refuse_sizes(args, f"the run in {args.model}")
-    job = prepare(run.config, cpu)
-    with set_exportable(True):
-        exportable = build_model(job.student_config)
-    ensemble = isinstance(job.student, MambaPKDEnsemble)
-    _load(job.student, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
-    exportable.load_state_dict(job.student.state_dict())
-    kwargs = job.student_config.get("kwargs") or {}
-    name = str(kwargs.get("model_name", job.student_config["key"]))
-    return _subject(args, name, job.student.eval(), exportable.eval(), job.input_size, job, run)
+    config = prepare_trained(run.config, _folders(args, run))
+    exportable = config.exportable()
+    ensemble = isinstance(config.model, MambaPKDEnsemble)
+    _load(config.model, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
+    exportable.load_state_dict(config.model.state_dict())
+    return _subject(args, config.name, config.model, exportable, config.input_size, config, run)
+
+
+def _folders(args: argparse.Namespace, run: RunFolder) -> Folders | None:
+    return Folders(run.path if args.output is None else Path(args.output)) if args.safe_config else None
 
 
 def _refuse_sizes(args: argparse.Namespace, source: str) -> None:
@@ -164,14 +192,14 @@ def _subject(
     whole: Any,
     exportable: Any,
     input_size: tuple[int, int, int],
-    job: Job | None,
+    config: Trained | None,
     run: RunFolder | None,
 ) -> Subject:
     k = args.students
     if not isinstance(whole, MambaPKDEnsemble):
         if k is not None:
             raise ConfigError(f"--students is for ensembles, and {args.model} is none")
-        return Subject(name, whole, whole, exportable, input_size, job, run)
+        return Subject(name, whole, whole, exportable, input_size, config, run)
     k = whole.num_active if k is None else k
     if not 1 <= k <= len(whole.students):
         raise ConfigError(f"--students must be from 1 to {len(whole.students)}, got {k}")
@@ -179,16 +207,17 @@ def _subject(
         active = ", ".join(str(position + 1) for position in whole.active_positions)
         raise ConfigError(f"students 1 to {k} cannot be exported: only {active} of {args.model} are trained and active")
     name = f"{'ensemble' if run else name}_{k}"
-    return Subject(name, whole, whole.first(k), exportable.first(k), input_size, job, run)
+    return Subject(name, whole, whole.first(k), exportable.first(k), input_size, config, run)
 
 
 def _images(subject: Subject) -> dict[str, Tensor]:
     """The images to compare on, by what they are."""
     count, (channels, height, width) = max(BATCHES), subject.input_size
     images = {"random": torch.randn(count, *subject.input_size, generator=torch.Generator().manual_seed(0))}
-    if subject.job is not None:
-        data: Any = subject.job.test_loader.dataset
-        images["test images"] = torch.stack([data[i % len(data)][0] for i in range(count)])
+    if subject.config is not None:
+        if subject.config.test_loader is not None:
+            data: Any = subject.config.test_loader.dataset
+            images["test images"] = torch.stack([data[i % len(data)][0] for i in range(count)])
     elif channels in (1, 3):
         try:
             digits = Digits("test", transforms.ToTensor())
@@ -217,7 +246,7 @@ def _differences(subject: Subject, run: Run, images: dict[str, Tensor], toleranc
     return "largest difference " + ", ".join(found)
 
 
-def _export(subject: Subject, kind: str, path: Path, images: dict[str, Tensor]) -> None:
+def _export(subject: Subject, kind: str, path: Path, images: dict[str, Tensor], eager_time: float) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         partial = Path(temporary) / path.name
         try:
@@ -226,22 +255,22 @@ def _export(subject: Subject, kind: str, path: Path, images: dict[str, Tensor]) 
             raise ConfigError(f"{subject.name} cannot be exported as {kind}: {first_line(error)}") from error
         run = FORMATS[kind].open(partial)
         found = _differences(subject, run, images, TOLERANCE)
-        _print(partial, path, f"{found}  {_time(run, images)}")
+        _print(partial, path, f"{found}  {_time(run, images, eager_time)}")
         os.replace(partial, path)
 
 
-def _export_int8(subject: Subject, source: Path, path: Path, images: dict[str, Tensor]) -> None:
-    assert subject.job is not None
+def _export_int8(subject: Subject, source: Path, path: Path, images: dict[str, Tensor], eager_time: float) -> None:
+    assert subject.config is not None and subject.config.test_loader is not None
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         partial = Path(temporary) / path.name
         quantize_onnx(source, partial)
         run = FORMATS["onnx"].open(partial)
         found = _differences(subject, run, images, tolerance=float("inf"))
-        loader, cpu = subject.job.test_loader, torch.device("cpu")
+        loader, cpu = subject.config.test_loader, torch.device("cpu")
         before = evaluate(subject.eager, loader, cpu, (1,), title="test float32")[0]
         after = evaluate(_Runtime(run), loader, cpu, (1,), title="test int8")[0]
         accuracy = f"top-1 {after:.2f} instead of {before:.2f} %"
-        _print(partial, path, f"{found}  {_time(run, images)}  {accuracy}")
+        _print(partial, path, f"{found}  {_time(run, images, eager_time)}  {accuracy}")
         os.replace(partial, path)
 
 
@@ -269,9 +298,10 @@ def _export_to_hub(subject: Subject, path: Path, images: dict[str, Tensor], card
         os.replace(partial, path)
 
 
-def _time(run: Run, images: dict[str, Tensor]) -> str:
+def _time(run: Run, images: dict[str, Tensor], eager_time: float) -> str:
     with torch.inference_mode():
-        return f"{median_time(lambda: run(images['random'][:1]), repeats=200):.3g} ms an image"
+        own = median_time(lambda: run(images["random"][:1]), repeats=200)
+    return f"{own:.3g} ms an image, {eager_time / own:.1f} times as fast as eager"
 
 
 def _print(partial: Path, path: Path, found: str) -> None:
@@ -280,12 +310,15 @@ def _print(partial: Path, path: Path, found: str) -> None:
 
 
 def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
-    """``mean`` and ``std`` of the test images' transforms, if they are torchvision's; none where there are no data."""
-    data: Any = None if subject.job is None else subject.job.test_loader.dataset
+    """``mean`` and ``std`` of the test images' transforms, if they are torchvision's; none where there is no config."""
+    config = subject.config
+    data: Any = None if config is None or config.test_loader is None else config.test_loader.dataset
     while not hasattr(data, "transform") and hasattr(data, "dataset"):
         data = data.dataset
-    transform = getattr(data, "transform", None)
+    transform = getattr(data, "transform", None if config is None else config.transform)
     if transform is None:
+        if config is not None and config.missing:
+            logger.warning("The config has no transforms of its test images: config.json holds timm's mean and std")
         return {}
     for step in getattr(transform, "transforms", [transform]):
         if isinstance(step, transforms.Normalize):
@@ -296,20 +329,21 @@ def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
 
 def _card(subject: Subject) -> dict[str, str]:
     """The model card's sections on the run: results, data and recipe."""
-    if subject.run is None or subject.job is None:
+    config = subject.config
+    if subject.run is None or config is None:
         return {}
     results = subject.run.path / "results.md"
     if not results.is_file():
         raise ConfigError(f"the run in {subject.run.path} has not finished: the same mamba-pkd train goes on with it")
-    data = "\n".join(
+    data = [
         f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
-        for name, images in subject.job.datasets.items()
+        for name, images in config.datasets.items()
         if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
-    )
+    ] or [f"- `{name}`" for name in config.dataset_ids]
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
-    config = subject.run.config.read_text(encoding="utf-8")
+    text = subject.run.config.read_text(encoding="utf-8")
     return {
         "Results": f"The run that this model is of:\n\n{results.read_text(encoding='utf-8').strip()}",
-        "Data": data,
-        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{config.strip()}\n```",
+        "Data": "\n".join(data),
+        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
     }

@@ -19,6 +19,8 @@ def create_named(
     in_chans: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     exportable: bool = False,
+    try_it: bool = True,
+    **model_kwargs: Any,
 ) -> tuple[Any, tuple[int, int, int]]:
     """Create a model of timm in eval mode, and try it on one image.
 
@@ -26,6 +28,8 @@ def create_named(
         name: a name in timm's registry, or timm's ``local-dir:FOLDER`` or ``hf-hub:REPO``, which bring weights along.
         num_classes, in_chans, img_size: those of the model or of its weights if None.
         exportable: make it in timm's exportable mode.
+        try_it: whether to try it on an image.
+        **model_kwargs: more of ``timm.create_model``'s.
 
     Returns:
         the model, and the size (C, H, W) of its images.
@@ -38,7 +42,7 @@ def create_named(
         raise ConfigError(unknown_name("model", name, timm.list_models()))
     try:
         size = {"img_size": img_size}
-        kwargs = resolve_model_input_args(name, size, num_classes=num_classes, in_chans=in_chans)
+        kwargs = resolve_model_input_args(name, size, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
         if img_size is not None and is_model_in_modules(kwargs["model_name"], OURS):
             kwargs["img_size"] = img_size
         model: Any = timm.create_model(pretrained=has_weights, exportable=exportable, **kwargs).eval()
@@ -46,7 +50,8 @@ def create_named(
         raise ConfigError(f"model {name} cannot be created: {explain(error)}") from error
     channels, *own = get_model_input_config(model)["input_size"]
     height, width = own if img_size is None else (img_size, img_size) if isinstance(img_size, int) else img_size
-    try_image(model, name, (channels, height, width))
+    if try_it:
+        try_image(model, name, (channels, height, width))
     return model, (channels, height, width)
 
 

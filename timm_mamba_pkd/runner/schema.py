@@ -231,6 +231,22 @@ def schedule_arguments(root: yaml.Node) -> yaml.Node | None:
     return child(child(train, "init"), "kwargs")
 
 
+def set_cache_dir(root: yaml.Node, cache_dir: str) -> bool:
+    """Have a config's schedule, or the stages that one was expanded to, cache logits in a folder; False without one."""
+    sections = [schedule_arguments(root)]
+    for node in walk(root):
+        kwargs = child(child(node, "auxiliary_model_wrapper"), "kwargs")
+        cached = child(kwargs, "cache_dir")
+        if cached is not None and not cached.tag.endswith(":null"):
+            sections.append(kwargs)
+    found = [section for section in sections if isinstance(section, yaml.MappingNode)]
+    for section in found:
+        mark = section.start_mark
+        key, value = (yaml.ScalarNode("tag:yaml.org,2002:str", text, mark, mark) for text in ("cache_dir", cache_dir))
+        section.value = [pair for pair in section.value if pair[0].value != "cache_dir"] + [(key, value)]
+    return bool(found)
+
+
 def _train(root: yaml.Node) -> Iterator[Problem]:
     train = child(root, "train")
     if train is None:

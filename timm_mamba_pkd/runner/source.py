@@ -1,5 +1,6 @@
 """The text of a config: its tree of YAML nodes, where everything stands, and what is wrong before it is even loaded."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -43,12 +44,18 @@ class Source:
             raise ConfigError(f"config {path} is not text in UTF-8") from error
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(path, error)) from error
+        except RecursionError as error:
+            raise ConfigError(f"config {path} is nested too deeply to be a config") from error
         if not isinstance(root, yaml.MappingNode):
             found = "an empty file" if root is None else f"{article(root)}"
             raise ConfigError(f"config {path}, line 1: must be a mapping with {SECTIONS}, not {found}")
         source = cls(path, text, root)
         source.refuse([*_duplicate_keys(root), *_numbers_read_as_text(root, text)])
         return source
+
+    def tree(self) -> yaml.MappingNode:
+        """A copy of ``root`` to construct from, which changes a tree."""
+        return copy.deepcopy(self.root)
 
     def refuse(self, problems: list[tuple[int, str]]) -> None:
         """Raise a ConfigError with every one of ``problems``, (line, message), if there are any."""
@@ -59,21 +66,26 @@ class Source:
         """``message``, led by the file and the line."""
         return f"config {self.path}{'' if line is None else f', line {line}'}: {message}"
 
-    def load(self) -> dict[str, Any]:
+    def load(self, leave_out: tuple[str, ...] = (), at: Keys = ()) -> Any:
         """Build what the config describes, as torchdistill does: its tags import and call what they name.
+
+        Args:
+            leave_out: sections that are not built.
+            at: the keys of a part that is built alone; None comes of one that is not there.
 
         Raises:
             ConfigError: something that it calls fails; the line is that of the call.
         """
         yaml_util.load_yaml_file(os.devnull)  # registers torchdistill's tags
-        loader = _LocatingLoader(self.text)
         try:
             with self.locating():
-                return loader.get_single_data()
+                node: Any = self.tree()
+                node.value = [pair for pair in node.value if pair[0].value not in leave_out]
+                for key in at:
+                    node = child(node, key)
+                return None if node is None else _LocatingLoader("").construct_document(node)
         except yaml.YAMLError as error:
             raise ConfigError(_not_yaml(self.path, error)) from error
-        finally:
-            loader.dispose()
 
     @contextmanager
     def locating(self) -> Iterator[None]:

@@ -141,9 +141,6 @@ def _modules(job: Job, box: Any) -> dict[str, nn.Module]:
     for name in ("teacher_model", "student_model", "model"):
         if hasattr(box, name):
             modules[name] = getattr(box, name)
-    wrapper = modules.get("student_model")
-    if isinstance(wrapper, StageWrapper):
-        modules["rule"] = wrapper.rule
     for name, (loss, _) in getattr(box.criterion, "term_dict", {}).items():
         if isinstance(loss, nn.Module):  # torchdistill keeps them in a plain dictionary
             modules[f"loss {name}"] = loss
