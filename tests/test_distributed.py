@@ -1,5 +1,6 @@
 """Processes that work together, and the absence of all of it in a single one."""
 
+import multiprocessing
 import socket
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def test_two_processes(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(check_all, (2, port), nprocs=2)
+    multiprocessing.set_forkserver_preload(["ranks"])  # imported once
+    torch.multiprocessing.start_processes(check_all, (2, port), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("missing", [*distributed.VARIABLES, "one process"])

@@ -58,11 +58,11 @@ def plant(phase: str, n: int, delay: float, number: int, moment: str) -> None:
 
 def run(command: dict[str, Any], rank: int, port: int) -> int:
     """In the child: the command, its output in a file."""
+    import torch
+
+    torch.set_num_threads(1)  # as tests/conftest.py has it
     world, output = command.get("world", 1), command["output"]
     if world > 1:
-        import torch
-
-        torch.set_num_threads(1)
         output = f"{output}.{rank}"
         names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()})
