@@ -1,10 +1,12 @@
 import hashlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.utils.data import Subset
 
-from timm_mamba_pkd.datasets import Digits
+from timm_mamba_pkd.datasets import Digits, num_classes
 
 SIZES = {"train": 1257, "val": 180, "test": 360}
 
@@ -92,3 +94,11 @@ def test_missing_scikit_learn(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"Digits needs scikit-learn: pip install 'timm_mamba_pkd\[demo\]'"):
         Digits()
+
+
+def test_number_of_classes():
+    assert num_classes(Subset(Subset(Digits("val"), [1]), [0])) == 10
+    assert num_classes([1, 2]) is None
+    reader = SimpleNamespace(class_to_idx={"tabby": 3, "tiger cat": 3, "dog": 0})
+    assert num_classes(Subset(SimpleNamespace(reader=reader), [])) == 4  # pyright: ignore[reportArgumentType]
+    assert num_classes(SimpleNamespace(reader=SimpleNamespace(class_to_idx={}))) is None

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits as a torchvision-style data set: real images that need no download."""
+"""scikit-learn's bundled handwritten digits as a torchvision-style data set, and what data sets tell of themselves."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -46,3 +46,17 @@ class Digits(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.images[index])
         return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+def num_classes(dataset: Any) -> int | None:
+    """How many classes a data set declares: by torchvision's ``classes`` or timm's ``reader.class_to_idx``.
+
+    Wrappers that keep their data set under ``dataset``, as Subset does, are seen through.
+    """
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    reader = getattr(dataset, "reader", None)
+    classes = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
+    if not classes:
+        return None
+    return 1 + max(classes.values()) if isinstance(classes, dict) else len(classes)

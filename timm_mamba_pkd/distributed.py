@@ -59,7 +59,7 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """In this context the processes that torchrun started work together; all but rank 0 log errors only.
+    """In this context the processes that torchrun started work together; all but rank 0 log warnings and errors only.
 
     Tensors on the CPU and plain objects go by gloo, tensors on GPUs by NCCL.
 
@@ -76,7 +76,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         else:
             distributed.init_process_group("gloo")
     _state.together = True
-    logging.disable(logging.NOTSET if is_main() else logging.WARNING)
+    logging.disable(logging.NOTSET if is_main() else logging.INFO)
     yield
     _state.together = False  # after an error nobody may be left to end it with
     distributed.destroy_process_group()

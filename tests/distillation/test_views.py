@@ -238,8 +238,8 @@ def test_a_wrapper_with_positional_arguments():
 
 
 def test_torchdistill_finds_the_views():
-    assert get_dataset_wrapper(VIEWS) is Views
-    wrapped = Views(BaseDatasetWrapper(Data()), num_views=1)
+    wrapped = get_dataset_wrapper(VIEWS)(BaseDatasetWrapper(Data()), num_views=1)
+    assert isinstance(wrapped, Views)
     assert len(wrapped) == SAMPLES and wrapped[1][2]["view"] == 0
 
 

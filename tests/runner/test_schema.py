@@ -177,7 +177,7 @@ def test_all_integers_of_yaml_are_integers(number, problems, plain, write):
         ("train", "there is no section 'train'"),
         ("test", "there is no section 'test'"),
         ("test.test_data_loader", "test has no 'test_data_loader'"),
-        ("test.test_data_loader.sampler", "test.test_data_loader has no 'sampler'"),
+        ("test.test_data_loader.dataset_id", "test.test_data_loader has no 'dataset_id'"),
         ("models.model.key", "models.model has no 'key'"),
         ("train.num_epochs", "train has no 'num_epochs'"),
         ("train.train_data_loader", "train has no 'train_data_loader'"),

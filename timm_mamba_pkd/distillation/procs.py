@@ -12,8 +12,8 @@ from torchdistill.core.interfaces.registry import register_post_epoch_proc_func,
 
 from timm_mamba_pkd.distillation.logits_cache import cache_bytes, require_folder
 from timm_mamba_pkd.distillation.stage import CachedTeacher, StageWrapper
-from timm_mamba_pkd.distillation.views import Views
-from timm_mamba_pkd.distributed import all_sum, gather, in_order, share_of, world
+from timm_mamba_pkd.distillation.views import Stream, Views
+from timm_mamba_pkd.distributed import all_sum, gather, in_order, is_main, share_of, world
 from timm_mamba_pkd.models.combination import fit_weights
 
 logger = logging.getLogger(__name__)
@@ -28,18 +28,36 @@ def pre_epoch(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
     default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
     self.teacher_model.eval()
     wrapper, views = self.student_model, self.train_data_loader.dataset
-    if not isinstance(views, Views):
+    if not isinstance(views, (Views, Stream)):
         return
     length = self.train_config[f"stage{self.stage_number}"]["num_epochs"]
     in_stage = self.current_epoch - (self.stage_end_epoch - length)
-    views.set_epoch(in_stage)
+    if isinstance(views, Views):
+        views.set_epoch(in_stage)
     if isinstance(wrapper, StageWrapper) and not wrapper.started:
-        _start_stage(self, wrapper, views)
+        wrapper.started = True
+        wrapper.start_rule(len(views))
+        if isinstance(views, Views):
+            _start_caches(self, wrapper, views)
+        else:
+            _check_stream(wrapper, views, length)
 
 
-def _start_stage(box: Any, wrapper: StageWrapper, views: Views) -> None:
-    wrapper.started = True
-    wrapper.start_rule(len(views))
+def _check_stream(wrapper: StageWrapper, stream: Stream, num_epochs: int) -> None:
+    """Raise a ValueError for what needs the samples' indices."""
+    needs = {
+        "cache_dir": wrapper.cache_dir is not None,
+        f"rule {type(wrapper.rule).__name__}": wrapper.rule.judges,
+        f"views.num_views: {stream.num_views}": (stream.num_views or num_epochs) < num_epochs,
+    }
+    for what in (name for name, needed in needs.items() if needed):
+        raise ValueError(
+            f"{what} needs samples that have an index, but the training set is read as a stream: remove it, or read "
+            "the data by index (timm's hfds/, tar files, folders)"
+        )
+
+
+def _start_caches(box: Any, wrapper: StageWrapper, views: Views) -> None:
     cached_teacher = isinstance(box.teacher_model, CachedTeacher)
     new = (cached_teacher and wrapper.stage == 1) + (
         wrapper.cache_dir is not None and wrapper.rule.sees_earlier and wrapper.stage > 1
@@ -102,7 +120,7 @@ def _can_train_again(box: Any, wrapper: StageWrapper) -> bool:
         reason = "only Mamba students can reuse the features of Mamba students"
     elif not getattr(box, "can_extend", False):
         reason = "training it again needs the mamba-pkd command"
-    if reason is not None:
+    if reason is not None and is_main():
         logger.warning("Stage %d goes on as it is: %s", wrapper.stage, reason)
     return reason is None
 

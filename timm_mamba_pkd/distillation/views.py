@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchdistill.datasets.registry import get_dataset_wrapper, register_dataset_wrapper
 
+from timm_mamba_pkd.datasets import num_classes as num_classes_of
+
 VIEWS = "mamba_pkd_views"
+STREAM = "mamba_pkd_stream"
 
 
-@register_dataset_wrapper(key=VIEWS)
 class Views(Dataset):
     """A data set whose augmentations are drawn from generators seeded by (seed, sample, view).
 
@@ -54,7 +56,7 @@ class Views(Dataset):
         self.num_views = num_views
         self.seed = seed
         self.alphas = (float(mixup_alpha), float(cutmix_alpha))
-        self.num_classes = num_classes or _num_classes(org_dataset)
+        self.num_classes = num_classes or num_classes_of(org_dataset)
         if self.mixes and self.num_classes is None:
             raise ValueError("views: mixup and cutmix need num_classes, which this data set does not tell")
         if wrapper:
@@ -80,7 +82,7 @@ class Views(Dataset):
 
     def get(self, index: int, view: int) -> tuple[Tensor, Any, dict[str, Any]]:
         """View ``view`` of sample ``index``."""
-        with _seeded(self.seed, index, view):
+        with seeded(self.seed, index, view):
             image, target, supp_dict = self._sample(index)
             if self.mixes:
                 image, target = self._mix(image, target)
@@ -118,6 +120,39 @@ class Views(Dataset):
         return F.one_hot(torch.tensor(int(target)), self.num_classes).float()
 
 
+@register_dataset_wrapper(key=STREAM)
+class Stream(IterableDataset):
+    """An iterable data set as (image, target, {}): without an index there are no views to repeat and nothing to cache.
+
+    Args:
+        org_dataset: of (image, label), iterable.
+        num_views: how many views a sample would have to have; None for as many as there are passes.
+
+    Raises:
+        ValueError: views with mixup or cutmix, or with another wrapper below them, which need an index.
+    """
+
+    def __init__(self, org_dataset: Any, num_views: int | None = None, **views: Any) -> None:
+        needs = [name for name in ("mixup_alpha", "cutmix_alpha", "wrapper") if views.get(name)]
+        if needs:
+            raise ValueError(f"views: data that are read as a stream have no index, which {needs[0]} needs: remove it")
+        self.org_dataset = org_dataset
+        self.num_views = num_views
+
+    def __len__(self) -> int:
+        return len(self.org_dataset)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
+        for image, target, *_ in self.org_dataset:
+            yield image, target, {}
+
+
+@register_dataset_wrapper(key=VIEWS)
+def make_views(org_dataset: Any, **kwargs: Any) -> Views | Stream:
+    """The `Views` of a data set, or the `Stream` of one that has no index."""
+    return (Stream if isinstance(org_dataset, IterableDataset) else Views)(org_dataset, **kwargs)
+
+
 def check_views(**values: Any) -> None:
     """Raise a ValueError for parameters of `Views` that are out of range."""
     num_views, seed = values.get("num_views", 1), values.get("seed", 0)
@@ -132,7 +167,7 @@ def check_views(**values: Any) -> None:
 
 
 @contextmanager
-def _seeded(*seeds: int) -> Iterator[None]:
+def seeded(*seeds: int) -> Iterator[None]:
     """The global generators of torch, Python and NumPy seeded by ``seeds``; afterwards they are as they were."""
     first, second, third, fourth = (int(word) for word in np.random.SeedSequence(seeds).generate_state(4))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -145,10 +180,3 @@ def _seeded(*seeds: int) -> Iterator[None]:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])
-
-
-def _num_classes(dataset: Any) -> int | None:
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    classes = getattr(dataset, "classes", None)
-    return None if classes is None else len(classes)

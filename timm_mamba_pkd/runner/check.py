@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdistill.common.module_util import get_module
 
 from timm_mamba_pkd.distillation import StageWrapper
@@ -28,6 +28,7 @@ from timm_mamba_pkd.runner.config import Job, stages
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
 from timm_mamba_pkd.runner.step import require_our_step
+from timm_mamba_pkd.runner.streams import unshuffled
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -195,11 +196,14 @@ def _same_random_numbers() -> Iterator[None]:
 
 def _first_batch(loader: DataLoader, stage: str) -> Any:
     """A batch as the loader gives it, without its worker processes."""
+    dataset: Any = loader.dataset
     how: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
-    if loader.batch_sampler is None:
+    if isinstance(dataset, IterableDataset):
+        dataset, how = unshuffled(dataset), {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    elif loader.batch_sampler is None:
         how = {"batch_size": None, "sampler": loader.sampler}
     try:
-        images, targets, supp_dict = next(iter(DataLoader(loader.dataset, collate_fn=loader.collate_fn, **how)))
+        images, targets, supp_dict = next(iter(DataLoader(dataset, collate_fn=loader.collate_fn, **how)))
     except Exception as error:
         where = f"train.{stage}.train_data_loader"
         raise ConfigError(
@@ -272,7 +276,7 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
 def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
     """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
     loader = box.train_data_loader
-    if loader.drop_last or loader.batch_size is None:
+    if isinstance(loader.dataset, IterableDataset) or loader.drop_last or loader.batch_size is None:
         return
     if not 1 <= len(loader.dataset) % (loader.batch_size * world()) <= world():
         return

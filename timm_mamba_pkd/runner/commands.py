@@ -32,6 +32,7 @@ from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.train import Options, train
+from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def _print_estimates(
             f"  stage {number}: {student}, {stage.epochs} epochs of {stage.steps} steps of "
             f"{1000 * stage.seconds_per_step:.3g} ms, about {duration(stage.seconds)}"
         )
+    report_unreadable(job.datasets)
     total = sum(stage.seconds for stage in estimates)
     cache = ", less what the cache saves" if cached else ""
     print(f"  time: about {duration(total)} on {device} for the training steps alone{cache}")
@@ -259,7 +261,7 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, bool]:
             if first == (distributed.local_rank() == 0):
                 set_seed(args.seed)
                 job = prepare(args.config, device, args.cache_dir, safe_folders(args))
-    for warning in job.warnings:
+    for warning in job.warnings if distributed.is_main() else ():
         logger.warning(warning)
     if distributed.rank() > 0:
         set_seed((args.seed + distributed.rank()) % 2**32)  # the models are the same; dropout and augmentations differ

@@ -10,15 +10,18 @@ import torch
 from timm.layers import set_exportable
 from timm.models import get_model_input_config
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.datasets.util import build_data_loader
 
+from timm_mamba_pkd.datasets import num_classes as declared_classes
 from timm_mamba_pkd.distillation import build_model, unknown_name
 from timm_mamba_pkd.runner.errors import ConfigError, Keys, explain, first_line
 from timm_mamba_pkd.runner.safe_config import Folders, require_safe
 from timm_mamba_pkd.runner.schema import check_schema, set_cache_dir
 from timm_mamba_pkd.runner.source import Source, child, pairs
+from timm_mamba_pkd.runner.streams import first_samples, open_stream
+from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError
 
 __all__ = ["ConfigError", "Job", "Trained", "first_line", "prepare", "prepare_trained", "stages"]
 
@@ -97,7 +100,8 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
     student_role = "student_model" if "student_model" in models else "model"
     if models.get(student_role) is None:
         raise ConfigError("names no model: expected models.student_model or models.model", at=("models",))
-    datasets = dict(_dataset(config, loader, at) for at, loader in _loaders(config))
+    datasets = _datasets(config)
+    config["datasets"] = {**config["datasets"], **datasets}
     teacher = None if models.get("teacher_model") is None else _build(models, "teacher_model")
     student = _build(models, student_role)
 
@@ -112,7 +116,7 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
                 at=("models", student_role, "kwargs", "num_classes"),
             )
     classes = max(1 + label for _, label in samples.values())
-    classes = max(classes, *(_num_labels(dataset) for dataset in datasets.values()))
+    classes = max(classes, *(declared_classes(dataset) or 0 for dataset in datasets.values()))
     if classes > num_classes:
         raise ConfigError(
             f"the data has at least {classes} classes, the models have {num_classes}: set num_classes",
@@ -288,9 +292,29 @@ def _dataset(config: dict[str, Any], loader: dict[str, Any], at: Keys) -> tuple[
     if dataset_id not in config["datasets"]:
         raise ConfigError(f"{where}: {unknown_name('dataset_id', dataset_id, config['datasets'])}", at=at)
     dataset = config["datasets"][dataset_id]
-    if isinstance(dataset, Sized) and len(dataset) == 0:
+    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ConfigError(f"data set '{dataset_id}' ({where}) is empty", at=("datasets", dataset_id))
     return dataset_id, dataset
+
+
+def _datasets(config: dict[str, Any]) -> dict[str, Any]:
+    """The data sets that loaders name, by id, made to tell what cannot be read in them."""
+    loaders = [(at, loader, *_dataset(config, loader, at)) for at, loader in _loaders(config)]
+    evaluated = {dataset_id for at, _, dataset_id, _ in loaders if at[-1] != "train_data_loader"}
+    datasets: dict[str, Any] = {}
+    for at, loader, dataset_id, dataset in loaders:
+        training = dataset_id not in evaluated
+        if isinstance(dataset, IterableDataset):
+            datasets[dataset_id] = open_stream(dataset, dataset_id, loader, at, training)
+            continue
+        if "sampler" not in loader:
+            raise ConfigError(f"{'.'.join(at)} has no 'sampler'", at=at)
+        if at[-1] != "train_data_loader" and loader["kwargs"].get("drop_last"):
+            message = f"{'.'.join(at)}: drop_last would leave samples out of the evaluation: remove it"
+            raise ConfigError(message, at=(*at, "kwargs", "drop_last"))
+        if isinstance(dataset, Sized) and dataset_id not in datasets:
+            datasets[dataset_id] = Readable(dataset, dataset_id, training)
+    return {dataset_id: datasets.get(dataset_id, dataset) for _, _, dataset_id, dataset in loaders}
 
 
 def _build(models: dict[str, Any], role: str) -> nn.Module:
@@ -303,8 +327,10 @@ def _build(models: dict[str, Any], role: str) -> nn.Module:
 
 def _sample(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:
     try:
-        image, label = dataset[0][:2]
+        image, label = first_samples(dataset, 1)[0][:2]
         label = int(label)
+    except UnreadableError as error:
+        raise ConfigError(str(error), at=("datasets", dataset_id)) from error
     except Exception as error:
         raise ConfigError(
             f"data set '{dataset_id}': the first sample cannot be read: {first_line(error)}",
@@ -335,13 +361,6 @@ def _num_outputs(model: nn.Module, models: dict[str, Any], role: str, images: It
             ) from error
     model.train(was_training)
     return outputs
-
-
-def _num_labels(dataset: Any) -> int:
-    """Number of classes a data set declares (torchvision's ``classes``), seen through Subset; 0 if it does not."""
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return len(getattr(dataset, "classes", ()))
 
 
 def _topk(config: dict[str, Any], num_classes: int) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from timm_mamba_pkd.distributed import all_sum, share_of
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.streams import ReadableStream
 
 
 def count_correct(logits: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:
@@ -36,6 +38,7 @@ def evaluate(
         total += len(targets)
     model.train(was_training)
     correct, total = all_sum(correct), all_sum(torch.tensor(total))
+    _require_all(loader, int(total))
     return (100 * correct / total).tolist()
 
 
@@ -55,5 +58,16 @@ def evaluate_ensemble(
         total += len(targets)
     ensemble.train(was_training)
     correct, total = all_sum(correct), all_sum(torch.tensor(total))
+    _require_all(loader, int(total))
     alone, together = (100 * correct / total).tolist()
     return alone, together
+
+
+def _require_all(loader: DataLoader, seen: int) -> None:
+    """Raise a ConfigError if not every sample of a stream was seen: timm's readers pass over broken ones."""
+    stream = getattr(loader, "dataset", None)
+    if isinstance(stream, ReadableStream) and seen != stream.num_samples:
+        raise ConfigError(
+            f"data set '{stream.name}' gave {seen} samples instead of {stream.num_samples}: an evaluation leaves "
+            "nothing out; either timm's warnings say what cannot be read, or num_samples is wrong"
+        )

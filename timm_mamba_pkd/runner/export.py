@@ -31,6 +31,7 @@ from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
+from timm_mamba_pkd.runner.streams import first_samples, public_class
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +217,8 @@ def _images(subject: Subject) -> dict[str, Tensor]:
     images = {"random": torch.randn(count, *subject.input_size, generator=torch.Generator().manual_seed(0))}
     if subject.config is not None:
         if subject.config.test_loader is not None:
-            data: Any = subject.config.test_loader.dataset
-            images["test images"] = torch.stack([data[i % len(data)][0] for i in range(count)])
+            real = [image for image, *_ in first_samples(subject.config.test_loader.dataset, count)]
+            images["test images"] = torch.stack([real[i % len(real)] for i in range(count)])
     elif channels in (1, 3):
         try:
             digits = Digits("test", transforms.ToTensor())
@@ -336,9 +337,10 @@ def _card(subject: Subject) -> dict[str, str]:
     if not results.is_file():
         raise ConfigError(f"the run in {subject.run.path} has not finished: the same mamba-pkd train goes on with it")
     data = [
-        f"- `{name}`: {len(images)} images of `{type(images).__module__}.{type(images).__qualname__}`"
+        f"- `{name}`: {len(images)} images of `{kind.__module__}.{kind.__qualname__}`"
         for name, images in config.datasets.items()
         if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
+        for kind in [public_class(images)]
     ] or [f"- `{name}`" for name in config.dataset_ids]
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     text = subject.run.config.read_text(encoding="utf-8")

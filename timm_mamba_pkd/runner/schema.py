@@ -92,7 +92,7 @@ LOADER = Section(
             | {"batch_size": Maybe(POSITIVE), "num_workers": COUNT, "drop_last": FLAG, "pin_memory": FLAG}
         ),
     },
-    ("dataset_id", "sampler", "kwargs"),
+    ("dataset_id", "kwargs"),
 )
 REDESIGN = {"adaptations": Maybe(Each(KEYED)), "sequential": Maybe(PATHS), "frozen_modules": PATHS}
 ROLE = Section(

@@ -22,7 +22,9 @@ from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.step import Step
+from timm_mamba_pkd.runner.streams import start_epoch
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors
+from timm_mamba_pkd.runner.unreadable import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class Trainer:
         """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
         distributed.broadcast_tensors(tensors(self.job, self.box))
         self.box.pre_epoch_process(epoch=self.progress.epoch)
+        start_epoch(self.box.train_data_loader, self.progress.epoch)
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
@@ -134,7 +137,7 @@ class Trainer:
         log_freq = self.job.config["train"].get("log_freq", 1000)
         total, before = len(batches), progress.seconds
         started, done_before = time.perf_counter(), progress.samples
-        left = batches.epoch(progress.samples, after, self._replays)
+        left = reporting(self.job.datasets, batches.epoch(progress.samples, after, self._replays))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
             loss = self._step(images, targets, supp_dict, indices)
@@ -204,7 +207,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{what}; {SKIPPED_AT_MOST} batches of this stage have been skipped before; {where}: lower the lr"
             )
-        logger.warning("Skipped a batch: %s", what)
+        if distributed.is_main():
+            logger.warning("Skipped a batch: %s", what)
 
     def _save(self, batches: Batches) -> None:
         for name, parameter in self.job.student.named_parameters():

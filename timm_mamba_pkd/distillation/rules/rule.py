@@ -18,7 +18,7 @@ class Batch:
         teacher: the teacher's logits (B, C).
         earlier: logits (k - 1, B, C) of the students trained before, in the order of training.
         targets: labels (B,), int64; or shares of the classes (B, C), float32, with mixup and cutmix.
-        index: the samples' indices in the training set (B,), int64.
+        index: the samples' indices in the training set (B,), int64; None where it is read as a stream.
         stage: k, from 1.
     """
 
@@ -26,7 +26,7 @@ class Batch:
     teacher: Tensor
     earlier: Tensor
     targets: Tensor
-    index: Tensor
+    index: Tensor | None
     stage: int
 
 
@@ -116,7 +116,7 @@ class RuleLoss(nn.Module):
             teacher=teacher_io_dict["."]["output"].detach().float(),
             earlier=seen["earlier"],
             targets=targets,
-            index=seen["index"].to(student.device),
+            index=None if seen["index"] is None else seen["index"].to(student.device),
             stage=seen["stage"],
         )
         loss = seen["rule"].loss(batch)
