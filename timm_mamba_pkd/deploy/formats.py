@@ -112,10 +112,11 @@ def _open_onnx(path: Path) -> Run:
 
 
 def quantize_onnx(source: Path, path: Path) -> None:
-    """Write the ONNX file ``source`` with 8-bit weights (unsigned, with a zero point) of its linear layers and pointwise convolutions.
+    """Write the ONNX file ``source`` with 8-bit weights of its linear layers and pointwise convolutions.
 
-    ONNX Runtime's dynamic quantization, per channel: what enters these layers is rounded to 8 bits as it comes. All
-    else stays float32: the state space's A, D and step bias, its scan, other convolutions, normalisations, biases.
+    ONNX Runtime's dynamic quantization, per channel, unsigned with a zero point: what enters these layers is rounded to
+    8 bits as it comes. All else stays float32: the state space's A, D and step bias, its scan, other convolutions,
+    normalisations, biases.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
