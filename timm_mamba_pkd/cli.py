@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-disable_cudnn_benchmark", action="store_true", help="disable torch.backend.cudnn.benchmark")
     run.add_argument("-student_only", action="store_true", help="test the student model only")
     run.add_argument("-log_config", action="store_true", help="log config")
-    run.add_argument("--amp", action="store_true", help="bfloat16 autocast (also: amp: True under train in the config)")
+    run.add_argument("--amp", action="store_true", help="autocast (also: amp: True under train in the config)")
+    run.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="dtype of autocast (default: bfloat16)")
     run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
     run.add_argument("--cache-dir", metavar="DIR", help="folder of cached logits, in place of the config's cache_dir")
@@ -55,6 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-nonfinite", choices=["stop", "skip"], default="stop",
         help="what to do with a batch whose loss is not finite; skip gives up after 10 in a stage (default: stop)",
     )  # fmt: skip
+    train.add_argument(
+        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND",
+        help="compile teacher and students by torch.compile (default backend: inductor)",
+    )  # fmt: skip
+    train.add_argument("--model-ema", action="store_true", help="validate, save and hand on the average of the weights")
+    train.add_argument(
+        "--model-ema-decay", type=share, default=0.9998, help="what a step keeps of the average (default: 0.9998)"
+    )
     train.add_argument(
         "--sync-bn", action="store_true", help="batch norms of the student see the batches of all torchrun processes"
     )
@@ -116,6 +125,14 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and {2**32 - 1}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
     return value
 
 

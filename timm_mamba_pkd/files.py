@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class WriteError(OSError):
+    """A file of ours that cannot be written: the disk is full, or refuses."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which appears at `path` only when it is complete and on disk, with what was there replaced.
 
     Its folder must exist. A process that is killed leaves the old file, and a temporary one named as
     `leftover_files` expects.
+
+    Raises:
+        WriteError: the disk is full, or refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -22,6 +32,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def test_training_is_the_same_without_it(progressive, run, monkeypatch):
     kwargs = progressive["train"]["init"]["kwargs"]
     kwargs["num_epochs"] = 2
     _, checked = run(progressive)
-    monkeypatch.setattr("timm_mamba_pkd.runner.commands.check", lambda *args: [])
+    estimate = StageEstimate("mamba_pkd_s1", 2, 3, 0.1, cache_bytes=0, cache_dir=None)
+    monkeypatch.setattr("timm_mamba_pkd.runner.commands.check", lambda *args: [estimate, estimate])
     _, unchecked = run(progressive, output="unchecked")
     weights = [load_file(folder / "weights" / "ensemble.safetensors") for folder in (checked, unchecked)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -178,7 +180,8 @@ def test_slow_steps_are_not_repeated(plain, write, monkeypatch):
     steps = []
     monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 3.0)
     (stage,) = check(prepare(write(plain), CPU), CPU)
-    assert len(steps) == 1 and stage == StageEstimate(None, 1, 3, 3.0, 0, None) and stage.seconds == 9.0
+    assert len(steps) == 1 and (stage.student, stage.epochs, stage.steps, stage.seconds_per_step) == (None, 1, 3, 3.0)
+    assert stage.seconds == 9.0 and (stage.cache_bytes, stage.cache_dir) == (0, None)
     steps.clear()
     monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 2.0 - len(steps))
     assert check(prepare(write(plain), CPU), CPU)[0].seconds_per_step == 0.0
@@ -188,19 +191,26 @@ def test_slow_steps_are_not_repeated(plain, write, monkeypatch):
 def test_disk(progressive, run, write, monkeypatch, errors, tmp_path):
     job = prepare(write(progressive), CPU)
     parameters = sum(tensor.numel() * tensor.element_size() for tensor in job.student.state_dict().values())
-    assert run_bytes(job) == 2 * parameters  # each student and the ensemble
+    assert run_bytes(job, []) == 2 * parameters  # each student and the ensemble
     progressive["models"]["student_model"]["dst_ckpt"] = str(tmp_path / "ensemble.pt")
     job = prepare(write(progressive), CPU)
-    assert run_bytes(job) == 3 * parameters
-    cached = StageEstimate("mamba_pkd_s1", 1, 1, 0.1, cache_bytes=1000, cache_dir=str(tmp_path / "new" / "cache"))
-    assert require_space(job, Path("runs/new/folder"), [cached, cached]) == (3 * parameters, 2000)
+    assert run_bytes(job, []) == 3 * parameters
+    cache = {"cache_bytes": 1000, "cache_dir": str(tmp_path / "new" / "cache")}
+    first = StageEstimate("mamba_pkd_s1", 1, 1, 0.1, **cache, checkpoint_bytes=50, trained_bytes=10)
+    second = StageEstimate("mamba_pkd_s2", 1, 1, 0.1, **cache, checkpoint_bytes=70, trained_bytes=20)
+    # The best of both stages, and of the larger one the last two and one in the making.
+    assert run_bytes(job, [first, second]) == 3 * parameters + 50 + 70 + 3 * 70
+    assert run_bytes(job, [first, second], averages=True) == 3 * parameters + 60 + 90 + 3 * 90
+    written = 3 * parameters + 330
+    assert require_space(job, Path("runs/new/folder"), [first, second]) == (written, 2000)
+    total = run_bytes(job, check(job, CPU))
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     for command in ("check", "train"):
         code, folder = run(progressive, command=command)
         assert code == 2 and not folder.exists()
         (line,) = errors()
-        message = f"the run needs about {size(3 * parameters)}, but only 1 kB are free in {tmp_path}"
+        message = f"the run needs about {size(total)}, but only 1 kB are free in {tmp_path}"
         assert re.fullmatch(rf"line \d+: {re.escape(message)}", line)
 
 
@@ -278,3 +288,19 @@ def test_a_cache_of_something_else_ends_the_run_in_one_line(progressive, run, er
     assert run(progressive, output="again")[0] == 2
     (line,) = errors()
     assert line == (f"cache {folder} was made from another seed: delete the folder, or choose another cache_dir")
+
+
+@pytest.mark.parametrize("flags", [(), ("--model-ema",)])
+def test_estimated_checkpoints_are_those_of_the_run(flags, progressive, run, write):
+    """With AdamW and accumulated gradients: what is reckoned beforehand is what the file takes."""
+    kwargs = progressive["train"]["init"]["kwargs"]
+    kwargs["num_epochs"] = 3
+    kwargs["optimizer"]["grad_accum_step"] = 2
+    kwargs["train_data_loader"]["kwargs"]["batch_size"] = 24  # the last checkpoint comes between two gradients
+    stage = check(prepare(write(progressive), CPU), CPU)[-1]
+    code, folder = run(progressive, *flags)
+    assert code == 0
+    (path,) = (folder / "checkpoints").glob("stage2_epoch0006*")
+    with zipfile.ZipFile(path) as file:
+        tensors = sum(entry.file_size for entry in file.infolist() if "/data/" in entry.filename)
+    assert tensors == pytest.approx(stage.checkpoint_bytes + bool(flags) * stage.trained_bytes, rel=0.02)

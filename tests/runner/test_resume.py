@@ -173,6 +173,20 @@ def test_a_damaged_cache(damage, rich, run, signal_at, assert_same_run):
     assert_same_run(whole, folder)
 
 
+def test_averaged_float16_run_goes_on(rich, run, signal_at, assert_same_run, tmp_path, monkeypatch):
+    flags = ("--model-ema", "--model-ema-decay", "0.7", "--amp", "--amp-dtype", "float16")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, whole = run(rich, *flags, output="whole")
+    assert code == 0
+    monkeypatch.chdir(tmp_path / "other")
+    signal_at(training.Trainer, "_step", 14)
+    code, folder = run(rich, *flags)
+    assert code == 143
+    assert run(rich, *flags)[0] == 0
+    assert_same_run(whole, folder)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(plain, run, errors, monkeypatch):
     nan_in_call(monkeypatch, 5)
     plain["train"]["num_epochs"] = 2

@@ -24,6 +24,10 @@ def schedule(config):
             {"key": "OneCycleLR", "kwargs": {"max_lr": 0.1, "total_steps": 5}, "scheduling_step": 1},
             "the scheduler is made for 5 steps, but the stage takes 6",
         ),
+        (
+            {"key": "ReduceLROnPlateau", "kwargs": {}, "scheduling_step": 1},
+            "ReduceLROnPlateau steps on the validation's accuracy: remove scheduling_step",
+        ),
     ],
     ids=str,
 )

@@ -132,7 +132,7 @@ def test_unknown_arguments_of_the_schedule(problems, progressive):
         ("train.num_epochs", 1.5, "train.num_epochs must be an integer of at least 1, got 1.5"),
         ("train.num_epochs", None, "train.num_epochs must be an integer of at least 1, got nothing"),
         ("train.log_freq", "often", "train.log_freq must be an integer of at least 1, got 'often'"),
-        ("train.amp", "yes please", "train.amp must be True or False, got 'yes please'"),
+        ("train.amp", 16, "train.amp must be True, False, bfloat16 or float16, got 16"),
         ("train.model.requires_grad", "False", "train.model.requires_grad must be True or False, got 'False'"),
         ("train.model.frozen_modules", "stem", "train.model.frozen_modules must be a list of module paths, got 'stem'"),
         ("train.model.forward_hook", {"output": "norm"}, "train.model.forward_hook.output must be a list of module pa"),

@@ -164,6 +164,28 @@ def test_amp_trains_and_keeps_float32_weights(progressive, run):
     assert_equal(weights, load_file(folder.parent / "by_config" / "weights" / "ensemble.safetensors"))
 
 
+def test_float16_trains_with_scaled_gradients(progressive, run, errors, capsys):
+    _, full = run(progressive, output="full")
+    losses = [line["loss"] for line in metrics(full)]
+    code, folder = run(progressive, "--amp", "--amp-dtype", "float16")
+    assert code == 0
+    assert [line["loss"] for line in metrics(folder)] == pytest.approx(losses, rel=0.02)
+    weights = load_file(folder / "weights" / "ensemble.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32, torch.int64, torch.bool}
+    checkpoint = torch.load(next((folder / "checkpoints").glob("stage2*")), weights_only=True)
+    assert checkpoint["scaler"]["scale"] > 0
+    progressive["train"]["init"]["kwargs"]["amp"] = "float16"
+    assert run(progressive, output="by_config")[0] == 0
+    assert_equal(weights, load_file(folder.parent / "by_config" / "weights" / "ensemble.safetensors"))
+    capsys.readouterr()
+    progressive["train"]["init"]["kwargs"]["amp"] = "half"
+    assert run(progressive, output="other")[0] == 2
+    assert errors()[0].endswith("train.amp must be True, False, bfloat16 or float16, got 'half'")
+    progressive["train"]["init"]["kwargs"]["amp"] = False
+    assert run(progressive, "--amp-dtype", "float16", output="other")[0] == 2
+    assert errors() == ["--amp-dtype float16 does nothing without --amp"]
+
+
 def test_plain_training_without_a_teacher(plain, run, tmp_path):
     plain["train"]["num_epochs"] = 12
     plain["test"]["topk"] = [3, 2]

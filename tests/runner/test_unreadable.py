@@ -104,9 +104,9 @@ def test_evaluation_is_an_error_that_names_the_file(kind, folder, breakage, work
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_report_to_the_main_process(kind, folder, caplog, method):
-    data = Readable(kind(folder), "d", training=True)
+@pytest.mark.parametrize(("name", "method"), [("torchvision", "fork"), ("timm", "fork"), ("timm", "spawn")])
+def test_workers_report_to_the_main_process(folder, caplog, name, method):
+    data = Readable(KINDS[name](folder), "d", training=True)
     for name in ("0/0.jpg", "0/7.jpg", "1/0.jpg", "2/7.jpg"):  # a neighbour in the next class, the last one
         (folder / name).write_bytes(b"")
     loader = DataLoader(data, 4, num_workers=2, multiprocessing_context=method)

@@ -29,7 +29,7 @@ def progressive(
     views: dict[str, Any] | None = None,
     cache_dir: str | None = None,
     log_freq: int = 1000,
-    amp: bool = False,
+    amp: bool | str = False,
 ) -> dict[str, Any]:
     """Expand a progressive schedule to the ``train`` section of a torchdistill config, ``stage1`` to ``stageN``.
 
@@ -50,7 +50,8 @@ def progressive(
         cache_dir: folder where the logits of the teacher and of earlier students on these views are kept, so that each
             is computed once for all stages and all runs; None computes them at every step.
         log_freq: steps between two log lines.
-        amp: train under bfloat16 autocast (read by the mamba-pkd command only).
+        amp: train under autocast in bfloat16 (True) or in the dtype named, 'bfloat16' or 'float16'; read by the
+            mamba-pkd command only.
 
     Raises:
         ValueError: no students, an unknown rule or bad arguments to it, epochs below 1, views out of range, a teacher

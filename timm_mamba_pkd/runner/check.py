@@ -25,10 +25,13 @@ from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
 from timm_mamba_pkd.runner.step import require_our_step
 from timm_mamba_pkd.runner.streams import unshuffled
+from timm_mamba_pkd.runner.tracking import require_tracker
+from timm_mamba_pkd.runner.training_state import Progress, capture
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -36,7 +39,10 @@ SLOW = 2.0
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a run: its student (of a progressive schedule), its length, and what it will take, roughly."""
+    """One stage of a run: its student (of a progressive schedule), its length, and what it will take, roughly.
+
+    ``checkpoint_bytes`` is the size of a checkpoint, ``trained_bytes`` that of the parameters in training.
+    """
 
     student: str | None
     epochs: int
@@ -44,6 +50,8 @@ class StageEstimate:
     seconds_per_step: float
     cache_bytes: int
     cache_dir: str | None
+    checkpoint_bytes: int = 0
+    trained_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -51,7 +59,7 @@ class StageEstimate:
         return self.epochs * self.steps * self.seconds_per_step
 
 
-def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstimate]:
+def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> list[StageEstimate]:
     """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
 
     It works on copies and puts the random number generators back: a run is the same with and without it.
@@ -60,6 +68,8 @@ def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstima
         ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
             parameter that it does not read or a path that no hook records, a loader has no batch, ...
     """
+    with job.source.locating():
+        require_tracker(job)
     logs = logging.getLogger("torchdistill")
     level = logs.level
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
@@ -71,20 +81,28 @@ def check(job: Job, device: torch.device, amp: bool = False) -> list[StageEstima
         logs.setLevel(level)
 
 
-def run_bytes(job: Job) -> int:
-    """What the weights files of a run take on disk."""
+def run_bytes(job: Job, estimates: list[StageEstimate], averages: bool = False) -> int:
+    """The most that weights and checkpoints of a run take on disk: the last two, one being written, the best of each
+    stage. ``averages`` are those of the weights, which belong to a checkpoint."""
     model = sum(tensor.numel() * tensor.element_size() for tensor in job.student.state_dict().values())
-    return model * (1 + isinstance(job.student, MambaPKDEnsemble) + (job.destination is not None))
+    weights = model * (1 + isinstance(job.student, MambaPKDEnsemble) + (job.destination is not None))
+    checkpoints = [stage.checkpoint_bytes + averages * stage.trained_bytes for stage in estimates]
+    return weights + 3 * max(checkpoints, default=0) + sum(checkpoints)
 
 
-def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tuple[int, int]:
-    """Bytes that a run in ``folder`` writes there and into its caches.
+def require_space(
+    job: Job, folder: Path, estimates: list[StageEstimate], averages: bool = False, resuming: bool = False
+) -> tuple[int, int]:
+    """Bytes that a run in ``folder`` writes there and into its caches; what a run to resume has there is not asked for.
 
     Raises:
         ConfigError: they do not fit the disks.
     """
     cached = sum(stage.cache_bytes for stage in estimates)
-    wanted = {folder: run_bytes(job)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
+    written = run_bytes(job, estimates, averages)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if resuming else 0
+    cached = 0 if resuming else cached  # a cache asks for what it lacks
+    wanted = {folder: max(written - there, 0)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
     wanted[list(wanted)[-1]] += cached
     disks: dict[int, tuple[Path, int]] = {}
     for path, number in wanted.items():
@@ -99,7 +117,7 @@ def require_space(job: Job, folder: Path, estimates: list[StageEstimate]) -> tup
             message = f"the run needs about {size(needed)}{cache}, but only {size(free)} are free in {existing}"
             with job.source.locating():
                 raise ConfigError(message, at=("train", "views", "num_views") if cached else ("train",))
-    return run_bytes(job), cached
+    return written, cached
 
 
 def size(number: float) -> str:
@@ -119,19 +137,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
 
 
-def _copy(job: Job, amp: bool) -> Job:
+def _copy(job: Job, amp: torch.dtype | None) -> Job:
     """The job with its own models and ``train`` section, and of that only the stages: the rest writes files."""
     train = job.config["train"]
     train = {key: train[key] for key in train if key.startswith("stage")} or train
     teacher, student, train = copy.deepcopy((job.teacher, job.student, train))
     trial = dataclasses.replace(job, teacher=teacher, student=student, config={**job.config, "train": train})
-    for model in (teacher, student) if amp else ():
+    for model in (teacher, student) if amp is not None else ():
         if model is not None:
             model.register_forward_hook(lambda module, args, output: output.float())  # as `train` does
     return trial
 
 
-def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEstimate]:
+def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iterator[StageEstimate]:
     box: Any = None
     for number, stage in enumerate(stages(job.config["train"]), start=1):
         name = f"stage{number}"
@@ -145,6 +163,7 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
             else:
                 box.current_epoch = box.stage_end_epoch
                 box.advance_to_next_stage()
+        require_our_step(box, amp, name)
         _check_ignored(box, stage, name)
         _check_shares(box, name)
         steps = len(Batches(box.train_data_loader))
@@ -169,8 +188,33 @@ def _try_stages(job: Job, device: torch.device, amp: bool) -> Iterator[StageEsti
             seconds_per_step=seconds,
             cache_bytes=getattr(wrapper, "cache_bytes", 0),
             cache_dir=wrapper.cache_dir if isinstance(wrapper, StageWrapper) else None,
+            **_checkpoint_sizes(job, box),
         )
     box.clean_modules()
+
+
+def _checkpoint_sizes(job: Job, box: Any) -> dict[str, int]:
+    """Of a checkpoint of the stage, with two numbers of the optimizer for each trained one, as AdamW has them."""
+    parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    state = _tensor_bytes(capture(job, box, Progress(), random_state()))
+    accumulated = trained if box.grad_accum_step > 1 else 0
+    return {"checkpoint_bytes": state + 2 * trained + accumulated, "trained_bytes": trained}
+
+
+def _tensor_bytes(state: Any) -> int:
+    """Of the tensors in nested data; what shares memory counts once, as in a torch file."""
+    found: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = max(found.get(value.data_ptr(), 0), value.numel() * value.element_size())
+        elif isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                walk(part)
+
+    walk(state)
+    return sum(found.values())
 
 
 @contextmanager
@@ -212,7 +256,7 @@ def _first_batch(loader: DataLoader, stage: str) -> Any:
     return images, targets, supp_dict
 
 
-def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, stage: str) -> float:
+def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: torch.dtype | None, stage: str) -> float:
     """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took."""
     images, targets, supp_dict = batch
     criterion = ("train", stage, "criterion")
@@ -224,7 +268,7 @@ def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: bool, s
         raise ConfigError(message, at=("train", stage, "train_data_loader"))
     started = time.perf_counter()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             loss = box.forward_process(images.to(device), targets.to(device), supp_dict)
     except KeyError as error:
         message = f"train.{stage}: a loss reads {error}, which no forward_hook of this stage records{_recorded(box)}"
@@ -295,7 +339,6 @@ def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
 
 def _check_shares(box: Any, name: str) -> None:
     """What several processes cannot share."""
-    require_our_step(box, name)
     loader = box.train_data_loader
     if world() > 1 and loader.batch_sampler is None:
         message = f"train.{name}.train_data_loader has no batch_size: several processes cannot share it"
@@ -314,6 +357,9 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
         message = f"train.{name}: the scheduler is made for {total} steps, but the stage takes {steps}"
         raise ConfigError(message, at=at)
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if plateau and every > 0:
+        message = f"train.{name}: ReduceLROnPlateau steps on the validation's accuracy: remove scheduling_step"
+        raise ConfigError(message, at=at)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer does not step

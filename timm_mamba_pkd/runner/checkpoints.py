@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timm_mamba_pkd.files import leftover_files, sync_folder
+from timm_mamba_pkd.files import WriteError, leftover_files, sync_folder
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,15 @@ class Checkpoints:
         if not best.exists():
             temporary = self.folder / f".best.{os.getpid()}.tmp"
             try:
-                os.link(path, temporary)
-            except OSError:  # a file system without links
-                shutil.copyfile(path, temporary)
-            os.replace(temporary, best)
+                try:
+                    os.link(path, temporary)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, temporary)
+                os.replace(temporary, best)
+            except OSError as error:
+                raise WriteError(error.errno, error.strerror, str(best)) from error
+            finally:
+                temporary.unlink(missing_ok=True)
         for old in self.folder.glob(f"best_stage{stage}-*.pt"):
             if old != best:
                 old.unlink()

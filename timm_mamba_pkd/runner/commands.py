@@ -7,37 +7,50 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchdistill.common.constant import LOGGING_FORMAT
 from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import CacheError
+from timm_mamba_pkd.files import WriteError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_space, size
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
+from timm_mamba_pkd.runner.log_file import logging_to
+from timm_mamba_pkd.runner.record import versions
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
+from timm_mamba_pkd.runner.schema import schedule_arguments
+from timm_mamba_pkd.runner.tracking import tracking
 from timm_mamba_pkd.runner.train import Options, train
 from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
 
-# With others a run would come to other weights.
-FLAGS_OF_A_RUN = ("seed", "amp", "channels-last", "on-nonfinite", "sync-bn")
+FLAGS_OF_A_RUN = (  # with others it would come to other weights
+    "seed",
+    "amp",
+    "amp-dtype",
+    "channels-last",
+    "torchcompile",
+    "model-ema",
+    "model-ema-decay",
+    "sync-bn",
+    "on-nonfinite",
+)
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -77,6 +90,8 @@ def run_expand(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """``mamba-pkd train``: prepare, train, test, report."""
+    if args.torchcompile is not None:
+        require_backend(args.torchcompile)
     run, device = _run_folder(args), _device(args)
     try:
         with distributed.process_group(device), ExitStack() as stack:
@@ -107,20 +122,24 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
-        require_space(job, run.path, check(job, device, amp))
+        estimates = check(job, device, amp)
+        require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:
                 make_folder(destination.parent)
             if starts:
-                _begin(args, run, flags, stack, destination)
-    with _logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext():
+                with _keeping(run):
+                    _begin(args, job, run, flags, stack)
+    decay = args.model_ema_decay if args.model_ema else None
+    options = Options(amp, args.torchcompile, decay, args.on_nonfinite, args.sync_bn)
+    log = logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext()
+    with log, _keeping(run):
         if args.log_config:
             logger.info(job.config)
-        try:
-            train(job, run, device, Options(amp, args.on_nonfinite, args.sync_bn))
-        except CacheError as error:
-            raise ConfigError(str(error)) from error
-        rows = _test(args, job, device, amp)
+        with explaining(args.torchcompile), tracking(job) as tracker:
+            train(job, run, device, options, estimates, tracker)
+        with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
+            rows = _test(args, job, device, amp)
         if distributed.is_main():
             _report(args, run, device, rows)
 
@@ -137,9 +156,18 @@ def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stac
     return resuming, resuming and run.finished
 
 
-def _begin(
-    args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack, destination: Path | None
-) -> None:
+@contextmanager
+def _keeping(run: RunFolder) -> Iterator[None]:
+    """A file that cannot be written in this context, for the user: what it was, and what is left of the run."""
+    try:
+        yield
+    except (WriteError, CacheError) as error:
+        last = Checkpoints(run.checkpoints).last()
+        kept = "" if last is None else f"; the last good checkpoint is {last}"
+        raise ConfigError(f"{error}{kept}") from error
+
+
+def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> None:
     """Start a run in an empty folder, or beside an old one that ``--fresh`` moves away."""
     begun = run.begun
     if not begun:
@@ -147,10 +175,21 @@ def _begin(
         if run.begun:
             raise ConfigError(f"another run has just started in {run.path}: choose another --output")
     if args.fresh:
-        old = run.move_away(*([] if destination is None else [destination]))
+        old = run.move_away(*([] if job.destination is None else [job.destination]))
         if old is not None:
             logger.info("Moved the run before to %s", old)
-    run.create(args.config, {"flags": flags})
+    run.create(args.config, _expanded(args, job), flags)
+
+
+def _expanded(args: argparse.Namespace, job: Job) -> str | None:
+    """What a progressive schedule in the config stands for."""
+    if schedule_arguments(job.source.root) is None:
+        return None
+    try:
+        return expand(args.config)
+    except ConfigError as error:  # its arguments are made by tags, which `expand` does not execute
+        logger.warning("The schedule is not written out: %s", error)
+        return None
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -172,7 +211,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                 load_weights(job.student, checkpoint)
             except WeightsError as error:
                 raise ConfigError(str(error)) from error
-        with _logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
+        with logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
             _test(args, job, device, amp)
 
 
@@ -204,11 +243,8 @@ def run_report(args: argparse.Namespace) -> None:
 def run_doctor(args: argparse.Namespace) -> None:
     """``mamba-pkd doctor``: versions, hardware, and for every backend of the scan whether it can serve, or why not."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("timm_mamba_pkd", "torch", "timm", "torchdistill", "mamba-ssm", "triton"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
+    for package, version in versions().items():
+        print(f"{package} {version or 'is not installed'}")
     devices = [torch.device("cpu")]
     kernels = None if native.unavailable(devices[0]) else native.INSTRUCTION_SETS[native.instruction_set()]
     print(f"cpu: {torch.get_num_threads()} threads" + (f", native kernels for {kernels}" if kernels else ""))
@@ -245,8 +281,8 @@ def _device(args: argparse.Namespace) -> torch.device:
     return find_device(f"cuda:{distributed.local_rank()}")
 
 
-def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, bool]:
-    """Seed, and the job of the config; whether to use autocast."""
+def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.dtype | None]:
+    """Seed, the job of the config, and the dtype of its automatic mixed precision."""
     with distributed.failing_together(ConfigError):
         if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
             raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
@@ -269,7 +305,22 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, bool]:
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return job, args.amp or bool(job.config["train"].get("amp"))
+    return job, _precision(args, job)
+
+
+def _precision(args: argparse.Namespace, job: Job) -> torch.dtype | None:
+    """What ``--amp`` and ``--amp-dtype`` say, and ``amp`` under ``train`` in the config."""
+    by_config = job.config["train"].get("amp")
+    if not args.amp and not by_config:
+        if args.amp_dtype is not None:
+            raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp")
+        return None
+    if by_config not in (None, False, True, "bfloat16", "float16"):
+        with job.source.locating():
+            message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
+            raise ConfigError(message, at=("train", "amp"))
+    named = by_config if isinstance(by_config, str) else "bfloat16"
+    return getattr(torch, args.amp_dtype or named)
 
 
 def _keep_freed_memory() -> None:
@@ -281,22 +332,6 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-@contextmanager
-def _logging_to(path: str | Path) -> Iterator[None]:
-    """Append all log lines to a file, too."""
-    path = Path(path).expanduser()
-    make_folder(path.parent)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOGGING_FORMAT))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
 def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path:
     """Where a run left its model: the folder given, or else the default one, or ``dst_ckpt`` of the config."""
     saved = run.weights("ensemble" if isinstance(job.student, MambaPKDEnsemble) else "model")
@@ -305,7 +340,7 @@ def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path
     return saved
 
 
-def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: bool) -> list[Row]:
+def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: torch.dtype | None) -> list[Row]:
     rows = measure(job, device, amp, args.student_only)
     if distributed.is_main():
         print(to_text(rows))

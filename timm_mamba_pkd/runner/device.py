@@ -1,9 +1,14 @@
-"""The device that a command works on."""
+"""The device that a command works on, and its precision."""
 
 import torch
 
 from timm_mamba_pkd.ops import resolve
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    """The context of automatic mixed precision in the dtype ``amp``; None is full precision."""
+    return torch.autocast(device.type, amp, enabled=amp is not None)
 
 
 def find_device(name: str | None) -> torch.device:

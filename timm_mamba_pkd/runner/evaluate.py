@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from timm_mamba_pkd.distributed import all_sum, share_of
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.streams import ReadableStream
@@ -25,14 +26,19 @@ def count_correct(logits: Tensor, targets: Tensor, topk: Sequence[int]) -> Tenso
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, topk: Sequence[int], amp: bool = False, title: str = ""
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    topk: Sequence[int],
+    amp: torch.dtype | None = None,
+    title: str = "",
 ) -> list[float]:
     """Top-k accuracies of ``model`` in percent, in the order of ``topk``. The model is left in its mode."""
     correct, total = torch.zeros(len(topk), dtype=torch.int64), 0
     was_training = model.training
     model.eval()
     for images, targets, *_ in progress(share_of(loader), title):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             logits = model(images.to(device))
         correct += count_correct(logits.float(), targets.to(device), topk).cpu()
         total += len(targets)
@@ -44,14 +50,18 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_ensemble(
-    ensemble: MambaPKDEnsemble, loader: DataLoader, device: torch.device, amp: bool = False, title: str = ""
+    ensemble: MambaPKDEnsemble,
+    loader: DataLoader,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    title: str = "",
 ) -> tuple[list[float], list[float]]:
     """Top-1 of each active student alone, and of the ensemble after k students for every k, in percent."""
     correct, total = torch.zeros(2, ensemble.num_active, dtype=torch.int64), 0
     was_training = ensemble.training
     ensemble.eval()
     for images, targets, *_ in progress(share_of(loader), title):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             students = ensemble.student_logits(images.to(device)).float()
         both = torch.stack([students, ensemble.combine(students)])
         correct += count_correct(both, targets.to(device), (1,))[..., 0].cpu()

@@ -16,7 +16,7 @@ from timm_mamba_pkd.runner.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-def measure(job: Job, device: torch.device, amp: bool = False, student_only: bool = False) -> list[Row]:
+def measure(job: Job, device: torch.device, amp: torch.dtype | None = None, student_only: bool = False) -> list[Row]:
     """Accuracy on the test set and cost of the teacher, of each student alone, and of the ensemble after each student.
 
     The rows come in that order. A run without a teacher or without an ensemble has the rows that it has. Several

@@ -10,14 +10,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from timm_mamba_pkd.files import write_file
+from timm_mamba_pkd.files import WriteError, write_file
 from timm_mamba_pkd.runner.errors import ConfigError
 
 REPORT = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
 
 
 class RunFolder:
-    """``<output>/``: config.yaml, run.json, log.txt, metrics.jsonl, checkpoints/, weights/, and the report."""
+    """``<output>/``: its config, record, log and metrics, checkpoints/, weights/, and the report."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -25,6 +25,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def expanded(self) -> Path:
+        return self.path / "expanded.yaml"
 
     @property
     def record(self) -> Path:
@@ -58,7 +62,7 @@ class RunFolder:
     def _written(self) -> Sequence[Path]:
         weights = self.weights("").parent
         reports = [self.path / name for name in REPORT]
-        return [self.config, self.record, self.log, self.metrics, self.checkpoints, weights, *reports]
+        return [self.config, self.expanded, self.record, self.log, self.metrics, self.checkpoints, weights, *reports]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -78,10 +82,20 @@ class RunFolder:
         finally:
             lock.release()
 
-    def create(self, config_path: str | Path, record: Mapping[str, Any]) -> None:
-        """Start a run here, with a copy of its config and a record of how it was started."""
-        write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
+    def create(self, config_path: str | Path, expanded: str | None, flags: Mapping[str, Any]) -> None:
+        """Start a run here, with a copy of its config, what a schedule in it stands for, and its flags."""
+        self._write_record({"flags": dict(flags), "starts": []})
+        if expanded is not None:
+            write_file(self.expanded, expanded.encode())
         write_file(self.config, Path(config_path).expanduser().read_bytes())
+
+    def note_start(self, start: Mapping[str, Any]) -> None:
+        """Add a start of the run to its record."""
+        record = json.loads(self.record.read_text())
+        self._write_record({**record, "starts": [*record["starts"], start]})
+
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
 
     def require_same(self, config_path: str | Path, flags: Mapping[str, Any]) -> None:
         """Raise a ConfigError unless the run here was started with this config and these flags."""
@@ -118,8 +132,11 @@ class RunFolder:
 
     def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise WriteError(error.errno, error.strerror, str(self.metrics)) from error
 
 
 def make_folder(path: Path) -> None:

@@ -260,8 +260,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_gettable(value: Any) -> bool:
-    sampler = inspect.isclass(value) and issubclass(value, Sampler) and vars(torch.utils.data).get(value.__name__)
-    return sampler is value or is_enumeration(value) or isinstance(value, torch.dtype)
+    if inspect.isclass(value) and issubclass(value, Sampler):
+        return vars(torch.utils.data).get(value.__name__) is value
+    return is_enumeration(value) or isinstance(value, torch.dtype)
 
 
 def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:

@@ -164,7 +164,8 @@ STAGE = {
     "post_epoch_process": ANY,
 }
 STAGE_NEEDS = ("num_epochs", "criterion")
-WHOLE = {"log_freq": POSITIVE, "amp": FLAG}
+AMP = Value("True, False, bfloat16 or float16", ("bool", "str"))
+WHOLE = {"log_freq": POSITIVE, "amp": AMP}
 FIRST_NEEDS = ("train_data_loader", "val_data_loader")
 BESIDE_STAGES = dict.fromkeys(("teacher", "student", "model"), Section({"dst_ckpt": Maybe(PATH)}))
 MODEL = Section(

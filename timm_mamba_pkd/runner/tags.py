@@ -186,7 +186,9 @@ def _resolve(key: str, package: str | None = None) -> Any:
 
 def is_enumeration(value: Any) -> bool:
     """Whether an object is an enumeration of torchvision."""
-    return inspect.isclass(value) and issubclass(value, enum.Enum) and value.__module__.startswith("torchvision.")
+    if not inspect.isclass(value) or not issubclass(value, enum.Enum):
+        return False
+    return value.__module__.startswith("torchvision.") and len(value) > 0
 
 
 def line_of(node: yaml.Node) -> int:

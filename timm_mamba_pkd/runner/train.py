@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,22 @@ from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner import interrupts
+from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import Box, build_box
+from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
+from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.step import Step
 from timm_mamba_pkd.runner.streams import start_epoch
+from timm_mamba_pkd.runner.time_left import time_left
+from timm_mamba_pkd.runner.tracking import Tracker
 from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors
 from timm_mamba_pkd.runner.unreadable import reporting
 
@@ -37,21 +45,32 @@ class Options:
     """How to train, beyond what the config says.
 
     Attributes:
-        amp: under bfloat16 autocast.
+        amp: dtype of the automatic mixed precision, None for none.
+        torchcompile: backend of ``torch.compile`` for teacher and students, None for none.
+        ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
         sync_bn: have the student's batch norms see the batches of all processes.
     """
 
-    amp: bool = False
+    amp: torch.dtype | None = None
+    torchcompile: str | None = None
+    ema_decay: float | None = None
     on_nonfinite: str = "stop"
     sync_bn: bool = False
 
 
-def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+def train(
+    job: Job,
+    run: RunFolder,
+    device: torch.device,
+    options: Options,
+    estimates: Sequence[StageEstimate],
+    tracker: Tracker,
+) -> None:
     """Train every stage of ``job`` and leave checkpoints, metrics and weights in ``run``, from where it had stopped.
 
-    Each epoch adds a line to metrics.jsonl and rewrites the weights; the end of a progressive stage leaves that
-    stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
+    Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
+    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
     Several processes take their shares of every batch; rank 0 alone writes.
@@ -63,17 +82,26 @@ def train(job: Job, run: RunFolder, device: torch.device, options: Options) -> N
         Interrupted: a signal came; what was trained is saved.
         ProcessEnded: another process of the run has ended.
     """
-    Trainer(job, run, device, options).train()
+    Trainer(job, run, device, options, estimates, tracker).train()
 
 
 class Trainer:
     """A run in training: the config's job in torchdistill's box."""
 
-    def __init__(self, job: Job, run: RunFolder, device: torch.device, options: Options) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run: RunFolder,
+        device: torch.device,
+        options: Options,
+        estimates: Sequence[StageEstimate],
+        tracker: Tracker,
+    ) -> None:
         self.job, self.run, self.device, self.options = job, run, device, options
+        self.estimates, self.tracker = estimates, tracker
         self.checkpoints = Checkpoints(run.checkpoints)
         self._last_saved = time.monotonic()
-        if options.amp:
+        if options.amp is not None:
             _keep_logits_in_float32(job)
         if options.sync_bn and distributed.world() > 1:
             synchronize_batch_norms(job.student)
@@ -81,13 +109,20 @@ class Trainer:
             self._resumed = self.checkpoints.load() if distributed.is_main() else None
         self._resumed = distributed.broadcast(self._resumed)
         self._replays = self._resumed is None or take_own(self._resumed)
-        self._step_box = Step()
         self._stops = self._is_due = False  # what all processes agreed on in the present step
+        self.step = Step(device, options.amp)
+        self.average: WeightAverage | None = None
         self.box: Any
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
             self.box, self.progress = restore(self._resumed, job, device)
+            self.step.scaler.load_state_dict(self._resumed["scaler"])
+        if distributed.is_main():
+            last = None if self._resumed is None else self.checkpoints.last()
+            run.note_start(describe_start(device, None if last is None else last.name))
+        if options.torchcompile is not None:
+            compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
         if distributed.is_main():
             self.run.rewrite_metrics(self.progress.metrics)
@@ -115,6 +150,10 @@ class Trainer:
         batches = Batches(self.box.train_data_loader)
         progress, resumed = self.progress, self._resumed
         self._resumed = None
+        if self.average is None and self.options.ema_decay is not None:
+            self.average = WeightAverage(in_training(self.job.student, self.box), self.options.ema_decay)
+            if resumed is not None and resumed["average"] is not None:
+                self.average.load_state_dict(resumed["average"])
         after = None if resumed is None else resumed["random"]
         if progress.trained and resumed is not None:
             if after is not None:
@@ -146,11 +185,18 @@ class Trainer:
             progress.seconds = before + time.perf_counter() - started
             if progress.steps % log_freq == 0:
                 rate = (progress.samples - done_before) / (time.perf_counter() - started)
-                logger.info("%s  step %d/%d  loss %.4f  %.0f images/s", title, progress.steps, total, loss, rate)
+                message = "%s  step %d/%d  loss %.4f  %.0f images/s  %s"
+                logger.info(message, title, progress.steps, total, loss, rate, self._time_left())
             if self._stops or (distributed.world() == 1 and interrupts.received()):
                 return
             if self._is_due:
                 self._save(batches)
+
+    def _time_left(self) -> str:
+        progress, box = self.progress, self.box
+        epochs = getattr(box, "stage_end_epoch", box.num_epochs) - progress.epoch
+        steps = epochs * len(box.train_data_loader) - progress.steps
+        return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
         """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
@@ -161,7 +207,7 @@ class Trainer:
             )
         images, targets = images.to(self.device), targets.to(self.device)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+            with autocast(self.device, self.options.amp):
                 loss = box.forward_process(images, targets, supp_dict)
         except KeyError as error:
             raise ConfigError(f"a loss reads {error}, which no forward_hook of this stage records") from error
@@ -174,7 +220,9 @@ class Trainer:
             return total
         self.progress.total_loss += total
         self.progress.counted += count
-        self._step_box(box, loss)
+        self.step(box, loss)
+        if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
+            self.average.update()
         return total / count
 
     def _agree(self, loss: float, count: int) -> tuple[float, int]:
@@ -217,6 +265,8 @@ class Trainer:
                 where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
+        state["scaler"] = self.step.scaler.state_dict()
+        state["average"] = None if self.average is None else self.average.state_dict()
         stage, progress = state["stage"], self.progress
         with distributed.failing_together(ConfigError):
             if distributed.is_main():
@@ -226,8 +276,11 @@ class Trainer:
     def _finish_epoch(self, stage: int) -> None:
         """What follows the steps of an epoch; it changes nothing that would not come out the same if done again."""
         job, box, progress, options = self.job, self.box, self.progress, self.options
-        if isinstance(job.student, MambaPKDEnsemble) and progress.epoch + 1 == getattr(box, "stage_end_epoch", None):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=options.amp):
+        ends = progress.epoch + 1 == getattr(box, "stage_end_epoch", box.num_epochs)
+        if self.average is not None:
+            self.average.swap()
+        if isinstance(job.student, MambaPKDEnsemble) and ends:
+            with autocast(self.device, options.amp):
                 finish_stage(box)
         lr = box.optimizer.param_groups[0]["lr"]
         record = {
@@ -242,14 +295,20 @@ class Trainer:
         progress.metrics.append(record)
         if distributed.is_main():
             self.run.log_metrics(record)
+            self.tracker.log(record)
         alone = record["val_top1_student"]
         logger.info(
-            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s",
+            "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s%s",
             stage, progress.epoch + 1, box.num_epochs, f"{record['student']}  " if record["student"] else "",
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
+            f"  {self._time_left()}" if progress.epoch + 1 < box.num_epochs else "",
         )  # fmt: skip
         if distributed.is_main():
             _save_weights(job.student, box, self.run)
+        if self.average is not None and not ends:
+            self.average.swap()
+        elif ends:
+            self.average = None  # it has taken the place of the weights
         if record["val_top1"] > progress.best.get(stage, -1.0):
             progress.best[stage] = record["val_top1"]
             if distributed.is_main():
@@ -261,7 +320,7 @@ class Trainer:
             progress.skipped = 0
 
 
-def _validate(job: Job, box: Box, device: torch.device, amp: bool) -> dict[str, Any]:
+def _validate(job: Job, box: Box, device: torch.device, amp: torch.dtype | None) -> dict[str, Any]:
     loader: Any = box.val_data_loader
     if not isinstance(job.student, MambaPKDEnsemble):
         top1 = evaluate(job.student, loader, device, (1,), amp, "validation")[0]
