@@ -250,5 +250,5 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all that gloo and NCCL raise
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise ProcessEnded(f"another process of the run has ended, or cannot be reached ({reason})") from error

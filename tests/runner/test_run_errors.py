@@ -25,12 +25,6 @@ def test_bad_devices(plain, run, capsys):
         assert error_of(capsys).startswith(f"device {device} cannot be used: ")
 
 
-def test_several_processes(plain, run, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(plain)[0] == 2
-    assert "several processes is not supported yet" in error_of(capsys)
-
-
 def test_folders_that_cannot_be_written(plain, run, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert run(plain, output="file/run")[0] == 2
