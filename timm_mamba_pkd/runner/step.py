@@ -15,7 +15,7 @@ SMALLEST_SCALE = 1e-4  # of float16's gradients, as in fairseq
 
 
 class Step:
-    """torchdistill's `default_post_forward_process`, with the mean of the processes' gradients and float16's scaler.
+    """torchdistill's `default_post_forward_process`, with all processes' mean gradients and a scaler for float16.
 
     A config with another ``post_forward_process`` keeps its own.
 

@@ -165,9 +165,9 @@ class Trainer:
             batches.set_random_state(progress.start)
         with interrupts.deferring():
             self._train_steps(batches, after)
-            distributed.broadcast_tensors(
-                tensors(self.job, self.box)
-            )  # batch norms have seen each process's own batches
+            # Batch norms, and their averages, have seen each process's own batches.
+            averages = [] if self.average is None else self.average.state_dict()["weights"].values()
+            distributed.broadcast_tensors([*tensors(self.job, self.box), *averages])
             progress.trained = not interrupts.received_anywhere()
             self._save(batches)
 
@@ -195,7 +195,7 @@ class Trainer:
     def _time_left(self) -> str:
         progress, box = self.progress, self.box
         epochs = getattr(box, "stage_end_epoch", box.num_epochs) - progress.epoch
-        steps = epochs * len(box.train_data_loader) - progress.steps
+        steps = epochs * len(Batches(box.train_data_loader)) - progress.steps
         return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
