@@ -11,6 +11,7 @@ from timm.utils import ParseKwargs
 
 from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
+from timm_mamba_pkd.distributed import ProcessEnded, SaidByMain, is_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--model-ema", action="store_true", help="validate, save and hand on the average of the weights")
     train.add_argument(
         "--model-ema-decay", type=share, default=0.9998, help="what a step keeps of the average (default: 0.9998)"
+    )
+    train.add_argument(
+        "--sync-bn", action="store_true", help="batch norms of the student see the batches of all torchrun processes"
     )
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
@@ -176,8 +180,14 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2
+    except SaidByMain:
+        return 2
+    except ProcessEnded as error:
+        print(f"mamba-pkd: error: {error}", file=sys.stderr)
+        return 1
     except runner.Interrupted as interrupted:
         again = "; the same command goes on from there" if args.command == "train" else ""
-        print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
+        if is_main():
+            print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
         return interrupted.exit_code
     return 0

@@ -44,7 +44,7 @@ def test_onnx_and_int8(tmp_path):
         if isinstance(module, torch.nn.Linear) or getattr(module, "kernel_size", 0) == (1, 1)
     ]
     quantized = sum(layer.weight.numel() for layer in layers)
-    assert count(small.graph, onnx.TensorProto.INT8) == quantized > 0.8 * count(whole.graph, onnx.TensorProto.FLOAT)
+    assert count(small.graph, onnx.TensorProto.UINT8) == quantized > 0.8 * count(whole.graph, onnx.TensorProto.FLOAT)
     assert count(small.graph, onnx.TensorProto.FLOAT) == count(whole.graph, onnx.TensorProto.FLOAT) - quantized
 
     x = torch.randn(3, 1, 9, 9)

@@ -9,6 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,13 +74,13 @@ def epoch_through(cache: LogitsCache, views: Views, epoch: int = 0, **loading: A
 
 
 def run(root: Path, model: Model, views: Views, epochs: int = VIEWS) -> int:
-    """How many images the model had to see in a run of its own."""
+    """How many rows were missing in a run of its own; their batches, and no others, were computed."""
     model.seen = 0
     cache = open_cache(root, model, views)
     for epoch in range(epochs):
         epoch_through(cache, views, epoch)
-    assert cache.misses == model.seen and cache.hits + cache.misses == epochs * SAMPLES
-    return model.seen
+    assert cache.misses <= model.seen <= 5 * cache.misses and cache.hits + cache.misses == epochs * SAMPLES
+    return cache.misses
 
 
 def the_folder(root: Path) -> Path:
@@ -240,6 +241,83 @@ def test_a_view_file_of_another_length_is_replaced(tmp_path, caplog, keep):
     assert path.stat().st_blocks * 512 >= len(whole), "the space is reserved"
 
 
+def test_random_damage_never_gives_wrong_logits(tmp_path):
+    """Bits flipped anywhere in the file, its header included; `epoch_through` compares with the model."""
+    run(tmp_path, Model(), views_of(), epochs=1)
+    path, random = the_folder(tmp_path) / "view_0000.npy", np.random.default_rng(0)
+    whole = path.read_bytes()
+    for bits in (1, 3, 10, 30, 100) * 4:
+        content = np.unpackbits(np.frombuffer(whole, np.uint8))
+        content[random.choice(len(content), bits, replace=False)] ^= 1
+        path.write_bytes(np.packbits(content).tobytes())
+        assert run(tmp_path, Model(), views_of(), epochs=1) > 0
+        assert run(tmp_path, Model(), views_of(), epochs=1) == 0
+        assert len(path.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.05, 0.5, 0.99])
+def test_a_file_truncated_while_it_is_open(tmp_path, keep):
+    """Neither a signal from a memory map nor a wrong number, in a process that has it open and in a new one."""
+    model, views = Model(), views_of()
+    cache = open_cache(tmp_path, model, views)
+    epoch_through(cache, views)
+    path = the_folder(tmp_path) / "view_0000.npy"
+    size = path.stat().st_size
+    for _ in range(2):
+        os.truncate(path, int(keep * size))
+        epoch_through(cache, views)
+        assert cache.misses > SAMPLES
+        assert run(tmp_path, Model(), views_of(), epochs=1) <= SAMPLES
+        assert run(tmp_path, Model(), views_of(), epochs=1) == 0
+        assert path.stat().st_size == size
+
+
+def test_a_row_does_not_depend_on_which_others_were_there(tmp_path):
+    """As when a process is killed amid a batch and another goes on: bit for bit the same."""
+
+    class OfBatch(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.mean()  # real models differ in the last bits only
+
+    model, views = OfBatch(), views_of()
+    images, _, supp_dict = next(iter(DataLoader(views, batch_size=SAMPLES)))
+    cache = open_cache(tmp_path, model, views)
+    expected = cache.logits(images, supp_dict)
+    path = the_folder(tmp_path) / "view_0000.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-7] + bytes(7))
+    assert torch.equal(cache.logits(images, supp_dict), expected)
+    assert cache.misses == SAMPLES + 1 and path.read_bytes() == content
+
+
+def fill_a_share(root: Path, start: Any, share: int, shares: int) -> None:
+    views = views_of(num_views=8)
+    model = Model()
+    start.wait(30)
+    cache = open_cache(root, model, views)
+    for view in range(8):
+        views.set_epoch(view)
+        images, _, supp_dict = next(iter(DataLoader(views, batch_size=SAMPLES)))
+        supp_dict = {name: values[share::shares] for name, values in supp_dict.items()}
+        cache.logits(images[share::shares], supp_dict)
+
+
+def test_processes_that_begin_at_once_fill_the_same_files(tmp_path):
+    context, shares = multiprocessing.get_context("fork"), 4
+    for attempt in range(3):
+        start, root = context.Barrier(shares), tmp_path / str(attempt)
+        processes = [context.Process(target=fill_a_share, args=(root, start, i, shares)) for i in range(shares)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        assert run(root, Model(), views_of(num_views=8), epochs=8) == 0
+        assert {path.name for path in the_folder(root).iterdir()} == {
+            ".lock", "meta.json", *(f"view_{view:04}.npy" for view in range(8)),
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["meta.json", "view_0000.npy"])
 def test_a_deleted_file_is_written_again(tmp_path, name):
     run(tmp_path, Model(), views_of())
@@ -299,7 +377,7 @@ def test_something_else_in_its_place(tmp_path, what):
     path.touch() if what in ("root", "folder") else path.mkdir()
     with pytest.raises(CacheError, match=r"cannot be (used|written): (File exists|Not a directory|Is a directory)"):
         run(root, Model(), views_of())
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -340,7 +418,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CacheError, match=r"view_0001.npy cannot be written: No space left on device"):
         run(tmp_path, Model(), views_of())
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     assert run(tmp_path, Model(), views_of()) == SAMPLES
 

@@ -189,6 +189,14 @@ def test_weights_of_integers_are_refused(tmp_path, load, name):
         load(tmp_path / "weights.pth")
 
 
+def test_a_classifier_with_one_tensor_too_many_is_refused():
+    ensemble = make("mamba_pkd_ensemble", students=[S1], combination="per_student")
+    ensemble.students[0].head.fc.bias = None
+    state = {**ensemble.state_dict(), "students.0.head.fc.bias": torch.zeros(10)}
+    with pytest.raises(RuntimeError, match=r"unexpected students\.0\.head\.fc\.bias"):
+        ensemble.load_state_dict(state)
+
+
 def test_weights_of_another_precision_are_not(tmp_path):
     state = saved(tmp_path)[1]
     torch.save({name: t.half() if t.is_floating_point() else t for name, t in state.items()}, tmp_path / "w.pth")

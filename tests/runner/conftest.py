@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +139,19 @@ def assert_same_run() -> Callable[[Path, Path], None]:
         assert timeless[0] == timeless[1]
 
     return assert_same_run
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[subprocess.Popen]:
+    """What `zygote.py` is."""
+    script = Path(__file__).with_name("zygote.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.fixture

@@ -142,3 +142,45 @@ def test_a_batch_sampler_of_ones_own_is_kept():
     batches = Batches(DataLoader(Noisy(), batch_sampler=Own(SequentialSampler(Noisy()), 2, False)))
     assert [indices for _, indices in batches.epoch()] == [[0, 2], [1]]
     assert [indices for _, indices in batches.epoch(2, batches.random_state())] == [[1]]
+
+
+def drawn(loader: DataLoader, monkeypatch: pytest.MonkeyPatch, world: int, done: int = 0) -> tuple[list, list[int]]:
+    """The steps of an epoch, each with the indices of every process, and how far the order has gone after each."""
+    parts, counts = [], []
+    for rank in range(world):
+        for name, value in (("world", world), ("rank", rank), ("is_main", True)):
+            monkeypatch.setattr(f"timm_mamba_pkd.runner.batches.{name}", lambda value=value: value)
+        torch.manual_seed(3)  # broadcast by hand
+        batches = Batches(loader)
+        own = [(indices, batches.done) for _, indices in batches.epoch(done)]
+        assert done > 0 or len(own) == len(batches)
+        parts.append([indices for indices, _ in own])
+        counts.append([count for _, count in own])
+    assert all(count == counts[0] for count in counts)
+    return list(zip(*parts, strict=True)), counts[0]
+
+
+@pytest.mark.parametrize("kind", ["in order", "random", "drop last", "weighted"])
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_share_the_order_of_one(kind, world, monkeypatch):
+    order = [index for (step,) in drawn(LOADERS[kind](), monkeypatch, 1)[0] for index in step]
+    steps, counts = drawn(LOADERS[kind](), monkeypatch, world)
+    assert {len({len(share) for share in step}) for step in steps} == {1}, "equally many, so that means are means"
+    together = [[share[i] for i in range(len(step[0])) for share in step] for step in steps]
+    flat = [index for step in together for index in step]
+    if kind == "drop last":
+        assert all(len(step) == 4 * world for step in together) and flat == order[: len(flat)]
+        assert len(order) - len(flat) < 4 * world
+        return
+    assert flat[: len(order)] == order and flat[len(order) :] == order[: len(flat) - len(order)]
+    assert len(flat) - len(order) < world and counts[-1] == len(order)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_another_number_of_processes_goes_on_in_the_same_order(before, after, monkeypatch):
+    counts = drawn(LOADERS["random"](), monkeypatch, before)[1]
+    order = [index for (step,) in drawn(LOADERS["random"](), monkeypatch, 1)[0] for index in step]
+    for done in counts[:-1]:
+        rest, _ = drawn(LOADERS["random"](), monkeypatch, after, done)
+        seen = [share[i] for step in rest for i in range(len(step[0])) for share in step]
+        assert seen[: len(order) - done] == order[done:], "nothing twice, nothing left out"

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[subprocess.Popen]:
-    script = Path(__file__).with_name("zygote.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, str(script)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
 @pytest.fixture
 def run_forked(zygote, tmp_path) -> RunForked:
     """Run ``train`` in a folder, with a fault: (exit code, seconds from the fault to the end or None, output)."""
@@ -57,7 +45,7 @@ def run_forked(zygote, tmp_path) -> RunForked:
         zygote.stdin.write(json.dumps(command) + "\n")
         zygote.stdin.flush()
         answer = json.loads(zygote.stdout.readline())
-        return answer["code"], answer["seconds"], output.read_text()
+        return answer["codes"][0], answer["seconds"], output.read_text()
 
     return run_forked
 

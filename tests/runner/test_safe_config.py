@@ -221,6 +221,13 @@ def test_every_command(command, place, progressive, write, capsys):
     assert not (place / "marker").exists() and not (place / "runs").exists()
 
 
+def test_the_config_of_an_exported_run(place, progressive, write, capsys):
+    hostile("os.system", write, progressive).rename(place / "run" / "config.yaml")
+    assert main(["export", "./run", "--format", "pt2", "--safe-config"]) == 2
+    assert "os.system is refused by --safe-config" in capsys.readouterr().err
+    assert not (place / "marker").exists()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_configs(path, monkeypatch, tmp_path):
     """They are allowed where the command line names the folders that they write to, and nowhere else."""

@@ -112,10 +112,11 @@ def _open_onnx(path: Path) -> Run:
 
 
 def quantize_onnx(source: Path, path: Path) -> None:
-    """Write the ONNX file ``source`` with int8 weights of its linear layers and pointwise convolutions.
+    """Write the ONNX file ``source`` with 8-bit weights of its linear layers and pointwise convolutions.
 
-    ONNX Runtime's dynamic quantization, per channel: what enters these layers is rounded to 8 bits as it comes. All
-    else stays float32: the state space's A, D and step bias, its scan, other convolutions, normalisations, biases.
+    ONNX Runtime's dynamic quantization, per channel, unsigned with a zero point: what enters these layers is rounded to
+    8 bits as it comes. All else stays float32: the state space's A, D and step bias, its scan, other convolutions,
+    normalisations, biases.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -130,7 +131,7 @@ def quantize_onnx(source: Path, path: Path) -> None:
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
             nodes_to_exclude=[node.name for node in convolutions if shapes[node.input[1]][2:] != (1, 1)],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # of convolutions, older versions of the CPU's runtime take no others
         )
 
 

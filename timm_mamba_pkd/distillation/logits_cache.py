@@ -7,14 +7,18 @@ import logging
 import os
 import shutil
 import zlib
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from timm_mamba_pkd.distillation.views import Views
+from timm_mamba_pkd.files import leftover_files, whole_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +34,14 @@ class LogitsCache:
 
     The folder's name is made of everything that makes the logits: the model's structure and weights, the seed and the
     mixing of the views, the images themselves (checksums of a few), the precision. It holds ``meta.json``, which says
-    so in full, and one memory-mapped ``view_0000.npy`` per view: a structured array of N rows, ``logits`` float16
-    (num_classes,) and ``checksum`` uint32, the CRC-32 of the image followed by the logits. A row counts only if its
-    checksum fits the image at hand, so a changed image, a torn write or a damaged file costs a forward pass and never
-    gives wrong logits. Files appear complete (written aside and renamed), their space reserved.
+    so in full, and one ``view_0000.npy`` per view: a structured array of N rows, ``logits`` float16 (num_classes,) and
+    ``checksum`` uint32, the CRC-32 of the image followed by the logits. A row counts only if its checksum fits the
+    image at hand, so a changed image, a torn write or a damaged file costs a forward pass and never gives wrong
+    logits. Files appear complete (written aside and renamed), their space reserved. Any number of processes may read
+    and write the rows at a time; one of them makes the files.
 
-    Logits come back rounded to float16 also where they have just been computed: a rerun sees the same numbers.
+    Logits come back rounded to float16 also where they have just been computed: a rerun sees the same numbers. Where a
+    row is missing, its whole batch is computed: a row does not depend on which others were there.
 
     Args:
         root: folder of all caches.
@@ -57,7 +63,7 @@ class LogitsCache:
         self.num_samples = len(views)
         self.hits = self.misses = 0  # rows read, rows computed
         self._dtype = row_dtype(num_classes)
-        self._files: dict[int, np.memmap] = {}
+        self._files: dict[int, FileIO] = {}
         meta = _meta(model, views, num_classes, precision, name)
         self.folder = Path(root).expanduser() / f"{name}-{_digest(json.dumps(meta).encode())[:16]}"
         self._open(meta, views.num_views)
@@ -67,90 +73,118 @@ class LogitsCache:
 
         ``supp_dict`` holds the batch's ``index``, ``view`` and ``checksum`` (B,), as `Views` gives them.
         """
-        index = supp_dict["index"].cpu().numpy()
-        checksums = supp_dict["checksum"].cpu().numpy()
-        view = supp_dict["view"].cpu().numpy()
-        rows = np.empty(len(index), self._dtype)
-        for v in np.unique(view):
-            rows[view == v] = self._file(int(v))[index[view == v]]
-        known = np.array(
-            [
-                _checksum(row["logits"], int(image)) == row["checksum"]
-                for row, image in zip(rows, checksums, strict=True)
-            ]
-        )
-        self.hits += int(known.sum())
-        self.misses += int((~known).sum())
-        if not known.all():
-            missing = torch.from_numpy(np.flatnonzero(~known)).to(images.device)
+        places = list(zip(supp_dict["view"].tolist(), supp_dict["index"].tolist(), strict=True))
+        checksums = supp_dict["checksum"].tolist()
+        rows = np.zeros(len(places), self._dtype)
+        content = memoryview(rows.view(np.uint8))  # pyright: ignore[reportArgumentType]
+        contents = [content[start : start + rows.itemsize] for start in range(0, len(content), rows.itemsize)]
+        for place, row in zip(places, contents, strict=True):
+            self._read(*place, row)
+        known = rows["checksum"] == self._checksums(contents, checksums)
+        missing = np.flatnonzero(~known).tolist()
+        self.hits += len(rows) - len(missing)
+        self.misses += len(missing)
+        if missing:
             with torch.no_grad():
-                computed = self.model(images[missing]).float().cpu().numpy()
-            self._store(rows, np.flatnonzero(~known), computed, checksums, index, view)
+                computed = self.model(images).float().cpu().numpy()[missing]
+            if np.abs(computed).max() > np.finfo(np.float16).max or not np.isfinite(computed).all():
+                raise CacheError(
+                    f"logits of up to {np.abs(computed).max():g} do not fit the cache's float16: remove cache_dir"
+                )
+            rows["logits"][missing] = computed.astype(np.float16)
+            rows["checksum"][missing] = self._checksums([contents[i] for i in missing], [checksums[i] for i in missing])
+            self._store([(places[i], contents[i]) for i in missing])
         return torch.from_numpy(rows["logits"].astype(np.float32)).to(images.device)
 
-    def _store(self, rows: Any, missing: Any, computed: Any, checksums: Any, index: Any, view: Any) -> None:
-        if np.abs(computed).max() > np.finfo(np.float16).max or not np.isfinite(computed).all():
-            raise CacheError(
-                f"logits of up to {np.abs(computed).max():g} do not fit the cache's float16: remove cache_dir"
-            )
-        for position, logits in zip(missing, computed.astype(np.float16), strict=True):
-            rows[position] = (logits, _checksum(logits, int(checksums[position])))
-            self._file(int(view[position]))[index[position]] = rows[position]
+    def _checksums(self, rows: list[memoryview], image_checksums: list[int]) -> list[int]:
+        """Of images and logits."""
+        end = self._dtype["logits"].itemsize
+        return [zlib.crc32(row[:end], image) for row, image in zip(rows, image_checksums, strict=True)]
+
+    def _read(self, view: int, index: int, row: memoryview) -> None:
+        """Fill a row; where the file has become too short, as much as there is."""
+        file = self._file(view)
+        file.seek(self._offset(index))
+        if file.readinto(row) < len(row):
+            self._files.pop(view).close()
+
+    def _store(self, rows: list[tuple[tuple[int, int], memoryview]]) -> None:
+        try:
+            for (view, index), row in rows:
+                file = self._file(view)
+                file.seek(self._offset(index))
+                file.write(row)
+        except OSError as error:  # a truncated file grows again
+            raise CacheError(f"cache {self.folder} cannot be written: {error.strerror or error}") from error
+
+    def _offset(self, index: int) -> int:
+        return len(self._header) + index * self._dtype.itemsize
 
     def _open(self, meta: dict[str, Any], num_views: int) -> None:
         path = self.folder / "meta.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            found = self._meta_there(path)
-            if found is not None:
-                if found != meta:
-                    changed = [key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]]
-                    raise CacheError(
-                        f"cache {self.folder} was made from another {', '.join(changed) or 'source'}: delete the "
-                        "folder, or choose another cache_dir"
-                    )
-            else:
-                partial = path.with_name(f"meta.json.{os.getpid()}.part")
-                partial.write_text(json.dumps(meta, indent=2) + "\n")
-                os.replace(partial, path)
+            if _content(path) is None:
+                with self._making_files():
+                    if _content(path) is None:
+                        if path.exists():
+                            self._drop_logits()
+                        write_file(path, f"{json.dumps(meta, indent=2)}\n".encode())
+            found = _content(path)
+            if found != meta:
+                changed = [key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]]
+                raise CacheError(
+                    f"cache {self.folder} was made from another {', '.join(changed) or 'source'}: delete the "
+                    "folder, or choose another cache_dir"
+                )
             self._require_space(num_views)
         except OSError as error:
             raise CacheError(f"cache {self.folder} cannot be used: {error.strerror or error}") from error
 
-    def _meta_there(self, path: Path) -> Any:
-        """The content of meta.json, None without one. A damaged one takes the logits with it: nothing says of what."""
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            logger.warning("Cached logits in %s are damaged (meta.json): they are computed again", self.folder)
-            for file in self.folder.glob("view_*.npy"):
-                file.unlink()
-            return None
+    def _drop_logits(self) -> None:
+        """A damaged meta.json takes the logits with it: nothing says of what they are."""
+        logger.warning("Cached logits in %s are damaged (meta.json): they are computed again", self.folder)
+        for file in self.folder.glob("view_*.npy"):
+            file.unlink()
+
+    def _making_files(self) -> FileLock:
+        """The right to make files here, for one process at a time."""
+        return FileLock(self.folder / ".lock")
 
     def _require_space(self, num_views: int) -> None:
         have = sum(path.stat().st_size for path in self.folder.glob("view_*.npy"))
         require_space(self.folder, cache_bytes(self.num_samples, self.num_classes, num_views) - have, num_views)
 
-    def _file(self, view: int) -> np.memmap:
+    def _file(self, view: int) -> FileIO:
+        """The open file of a view; it is made where there is none, or a damaged one."""
         if view not in self._files:
             path = self.folder / f"view_{view:04d}.npy"
             try:
-                self._files[view] = self._load(path)
-            except (OSError, ValueError):
-                self._create(path)
-                self._files[view] = self._load(path)
+                file = self._load(path)
+                if file is None:
+                    with self._making_files():
+                        file = self._load(path)  # by now another process may have made it
+                        if file is None:
+                            self._create(path)
+                            file = self._load(path)
+                assert file is not None
+            except OSError as error:
+                raise CacheError(f"cache {path} cannot be written: {error.strerror or error}") from error
+            self._files[view] = file
         return self._files[view]
 
-    def _load(self, path: Path) -> np.memmap:
-        header = self._header()
-        with path.open("rb") as file:  # memmap would lengthen a short file, without reserving the space
-            found, size = file.read(len(header)), os.fstat(file.fileno()).st_size
-        if found != header or size != len(header) + self.num_samples * self._dtype.itemsize:
-            raise ValueError("another array")
-        return np.memmap(path, self._dtype, "r+", len(header), (self.num_samples,))
+    def _load(self, path: Path) -> FileIO | None:
+        """The file if it is there and as it should be."""
+        if not path.exists():
+            return None
+        file = path.open("r+b", buffering=0)
+        found = file.read(len(self._header)), os.fstat(file.fileno()).st_size
+        if found == (self._header, self._offset(self.num_samples)):
+            return file
+        file.close()
+        return None
 
+    @cached_property
     def _header(self) -> bytes:
         file = io.BytesIO()
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
@@ -160,19 +194,13 @@ class LogitsCache:
     def _create(self, path: Path) -> None:
         if path.exists():
             logger.warning("Cached logits in %s are damaged: they are computed again", path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with partial.open("wb") as file:
-                file.write(self._header())
-                left = self.num_samples * self._dtype.itemsize
-                while left > 0:  # not a sparse file: a full disk must show here, not when the map is written
-                    left -= file.write(bytes(min(left, 1 << 24)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise CacheError(f"cache {path} cannot be written: {error.strerror or error}") from error
+        for leftover in leftover_files(self.folder):
+            leftover.unlink()
+        with whole_file(path) as file:
+            file.write(self._header)
+            left = self.num_samples * self._dtype.itemsize
+            while left > 0:  # not a sparse file: a full disk must show here
+                left -= file.write(bytes(min(left, 1 << 24)))
 
 
 class CachedModel:
@@ -229,8 +257,12 @@ def require_space(folder: Path, needed: int, num_views: int) -> None:
         )
 
 
-def _checksum(logits: np.ndarray, image_checksum: int) -> int:
-    return zlib.crc32(logits.data, image_checksum)
+def _content(path: Path) -> Any:
+    """What is in a file of JSON; None without one, or where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
 
 
 def _meta(model: nn.Module, views: Views, num_classes: int, precision: str, name: str) -> dict[str, Any]:

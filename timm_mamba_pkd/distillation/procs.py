@@ -13,6 +13,7 @@ from torchdistill.core.interfaces.registry import register_post_epoch_proc_func,
 from timm_mamba_pkd.distillation.logits_cache import cache_bytes, require_folder
 from timm_mamba_pkd.distillation.stage import CachedTeacher, StageWrapper
 from timm_mamba_pkd.distillation.views import Stream, Views
+from timm_mamba_pkd.distributed import all_sum, gather, in_order, is_main, share_of, world
 from timm_mamba_pkd.models.combination import fit_weights
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def _can_train_again(box: Any, wrapper: StageWrapper) -> bool:
         reason = "only Mamba students can reuse the features of Mamba students"
     elif not getattr(box, "can_extend", False):
         reason = "training it again needs the mamba-pkd command"
-    if reason is not None:
+    if reason is not None and is_main():
         logger.warning("Stage %d goes on as it is: %s", wrapper.stage, reason)
     return reason is None
 
@@ -149,12 +150,12 @@ def _training_logits(box: Any, wrapper: StageWrapper) -> tuple[Tensor, Tensor]:
     batches = DataLoader(views, loader.batch_size or 128, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
     student = wrapper.ensemble.alone(wrapper.position).eval()
     both: list[tuple[Tensor, Tensor]] = []
-    for images, targets, supp_dict in batches:
+    for images, targets, supp_dict in share_of(batches):
         images = images.to(box.device)
         teacher = box.teacher_forward_proc(box.teacher_model, images, targets, supp_dict)
         both.append((student(images).float(), teacher.float()))
     wrapper.train()
-    students, teachers = zip(*both, strict=True)
+    students, teachers = zip(*_everyones(both, box.device), strict=True)
     return torch.cat(students), torch.cat(teachers)
 
 
@@ -165,15 +166,23 @@ def _fit_combination(box: Any, wrapper: StageWrapper) -> None:
     if ensemble.weights is None or ensemble.active_positions != list(range(count)):
         return
     ensemble.eval()
-    logits, targets = [], []
-    for images, labels, *_ in box.val_data_loader:
-        logits.append(ensemble.student_logits(images.to(box.device)).float())
-        targets.append(labels.to(box.device))
+    both: list[tuple[Tensor, Tensor]] = []
+    for images, labels, *_ in share_of(box.val_data_loader):
+        both.append((ensemble.student_logits(images.to(box.device)).float(), labels.to(box.device)))
     wrapper.train()
+    logits, targets = zip(*_everyones(both, box.device), strict=True)
     for k in range(1, count + 1):
         row = fit_weights(torch.cat(logits, 1)[:k], torch.cat(targets), per_class=ensemble.combination == "per_class")
         ensemble.weights[k - 1, :k] = row
     logger.info("Fitted the weights of the ensemble on %d validation images", len(torch.cat(targets)))
+
+
+def _everyones(batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that all processes have made of their shares of the batches, in the loader's order."""
+    if world() == 1:
+        return batches
+    parts = gather([(one.cpu(), other.cpu()) for one, other in batches])
+    return [(one.to(device), other.to(device)) for one, other in in_order(parts)]
 
 
 def _log_caches(box: Any, wrapper: StageWrapper) -> None:
@@ -183,5 +192,5 @@ def _log_caches(box: Any, wrapper: StageWrapper) -> None:
     ):
         counts = [cache.counts for cache in caches if cache is not None]
         if counts:
-            read, computed = map(sum, zip(*counts, strict=True))
+            read, computed = all_sum(torch.tensor(counts).sum(0)).tolist()
             logger.info("Stage %d  logits of %s: %d computed, %d cached", wrapper.stage, who, computed, read)

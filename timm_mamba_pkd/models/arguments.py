@@ -1,7 +1,7 @@
 """The arguments of models, checked when a model is made."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def is_whole(number: Any) -> bool:
 def check_rates(**rates: Any) -> None:
     """Raise a ValueError unless all are probabilities below 1."""
     for name, rate in rates.items():
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
+        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 <= float(rate) < 1:
             raise ValueError(f"{name} must be a number from 0 to below 1, got {rate!r}")
 
 

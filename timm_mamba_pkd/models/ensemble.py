@@ -225,8 +225,8 @@ class MambaPKDEnsemble(nn.Module):
 
     def _is_of_another_class_count(self, state_dict: Mapping[str, Tensor]) -> bool:
         own = self.state_dict()
-        found = {name: state_dict.get(name) for name in classifier_names(self)}
-        return any(tensor is not None and tensor.shape != own[name].shape for name, tensor in found.items())
+        shared = classifier_names(self) & own.keys() & state_dict.keys()
+        return any(state_dict[name].shape != own[name].shape for name in shared)
 
     def _connect_like(self, position: int, width: int) -> None:
         """Connect the student at ``position`` to as many earlier ones as give ``width`` channels in the first stage."""

@@ -1,5 +1,6 @@
 """The training batches of an epoch, from any point of it on."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from timm_mamba_pkd.distillation.views import Views
+from timm_mamba_pkd.distributed import broadcast, is_main, rank, with_batches, world
 from timm_mamba_pkd.runner.random_state import RandomState, random_state, set_random_state
 
 
@@ -17,20 +19,28 @@ class Batches:
     of the whole epoch, bit for bit. Where worker processes draw augmentations from generators of their own, the
     batches before are loaded and dropped, which brings the workers to the same state (but for ``persistent_workers``,
     whose generators go on from epoch to epoch). `Views`, and loaders without workers, load nothing twice.
+
+    Among several processes rank 0 draws the order. Each step takes as many samples from it as all processes together
+    have room for in a batch, and rank r of W every W-th of them from the r-th on; where they do not divide, the first
+    samples of the epoch fill up. (Of another sampler of whole batches each process takes one per step.)
+
+    Attributes:
+        done: how many samples of the present epoch, of all processes, have been through.
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
+        self.done = 0
         streams = loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset)
         self._replays = streams or (loader.num_workers > 0 and not isinstance(loader.dataset, Views))
         self._order = None if streams else _Order(loader.batch_sampler)
-        self._ordered = loader if self._order is None else _with_order(loader, self._order)
+        self._ordered = loader if self._order is None else with_batches(loader, self._order)
         sources = (loader, loader.sampler, loader.batch_sampler)
         found = {id(g): g for source in sources if (g := getattr(source, "generator", None)) is not None}
         self._generators = list(found.values())
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self._ordered)
 
     def random_state(self) -> RandomState:
         """The state of the global generators, and of those of the loader's own."""
@@ -40,32 +50,37 @@ class Batches:
         """Go back to a state of `random_state`."""
         set_random_state(state, self._generators)
 
-    def epoch(self, done: int = 0, after: RandomState | None = None) -> Iterator[tuple[Any, list[int] | None]]:
+    def epoch(
+        self, done: int = 0, after: RandomState | None = None, replay: bool = True
+    ) -> Iterator[tuple[Any, list[int] | None]]:
         """(batch, indices of its samples, None if unknown), from sample number ``done`` of the epoch on.
 
         Args:
             done: how many samples to pass over; the generators are in their state at the epoch's start.
             after: the state to go on from, when these samples had been trained on.
+            replay: whether they were loaded here before, by equally many processes.
         """
-        left = done if self._replays else 0
+        left = done if self._order is None or (self._replays and replay) else 0
+        self.done = done - left
         if self._order is not None:
-            self._order.begin(done - left, None if left or after is None else lambda: self.set_random_state(after))
+            self._order.begin(self.done, None if left or after is None else lambda: self.set_random_state(after))
         for batch in self._ordered:
-            indices = None if self._order is None else self._order.given.popleft()
-            if left > 0:
-                left -= len(batch[1])
-                if left <= 0 and after is not None:
-                    self.set_random_state(after)
-            else:
+            indices, count = (None, len(batch[1]) * world()) if self._order is None else self._order.given.popleft()
+            replayed = self.done < done
+            self.done += count
+            if not replayed:
                 yield batch, indices
+            elif self.done >= done and after is not None:
+                self.set_random_state(after)
 
 
 class _Order:
-    """A batch sampler that leaves out the first samples of another one's next epoch."""
+    """A batch sampler that leaves out the first samples of another one's next epoch, and takes this process's share."""
 
     def __init__(self, batch_sampler: Any) -> None:
-        self.batch_sampler = batch_sampler
-        self.given: deque[list[int]] = deque()  # batches that were not yet trained on
+        self.batch_sampler: Any = batch_sampler
+        self._whole_batches = type(batch_sampler) is not BatchSampler
+        self.given: deque[_Share] = deque()  # what was not yet trained on
         self.begin(0, None)
 
     def begin(self, done: int, then: Any) -> None:
@@ -74,43 +89,38 @@ class _Order:
         self._done, self._then = done, then
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        if self._whole_batches:
+            return math.ceil(len(self.batch_sampler) / world())
+        steps = len(self.batch_sampler.sampler) / (self.batch_sampler.batch_size * world())
+        return math.floor(steps) if self.batch_sampler.drop_last else math.ceil(steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._remaining()
+        source = self.batch_sampler if self._whole_batches else self.batch_sampler.sampler
+        drawn = broadcast(list(source) if is_main() else [])
         if self._then is not None:
             self._then()
-        for batch in batches:
-            self.given.append(batch)
-            yield batch
+        for share in self._shared_batches(drawn) if self._whole_batches else self._shares(drawn):
+            self.given.append(share)
+            yield share[0]
 
-    def _remaining(self) -> list[list[int]]:
-        if type(self.batch_sampler) is not BatchSampler:
-            batches, done = list(self.batch_sampler), 0
-            while done < self._done:
-                done += len(batches.pop(0))
-            return batches
-        order, size = list(self.batch_sampler.sampler)[self._done :], self.batch_sampler.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.batch_sampler.drop_last and batches and len(batches[-1]) < size:
-            batches.pop()
-        return batches
+    def _shares(self, order: list[int]) -> Iterator["_Share"]:
+        together = self.batch_sampler.batch_size * world()
+        for start in range(self._done, len(order), together):
+            step = order[start : start + together]
+            if len(step) < together and self.batch_sampler.drop_last:
+                return
+            count = len(step)
+            step += [order[i % len(order)] for i in range(-count % world())]
+            yield step[rank() :: world()], count
+
+    def _shared_batches(self, batches: list[list[int]]) -> Iterator["_Share"]:
+        start = passed = 0
+        while passed < self._done:
+            passed += len(batches[start])
+            start += 1
+        for first in range(start, len(batches), world()):
+            count = sum(map(len, batches[first : first + world()]))
+            yield batches[(first + rank()) % len(batches)], count
 
 
-def _with_order(loader: DataLoader, order: _Order) -> DataLoader:
-    """The same loader with another order."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=order,  # pyright: ignore[reportArgumentType]
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        pin_memory_device=loader.pin_memory_device,
-        in_order=loader.in_order,
-    )
+_Share = tuple[list[int], int]  # indices of this process's samples, and how many the order has gone on by

@@ -20,7 +20,9 @@ from torchdistill.common.module_util import get_module
 
 from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.distillation.stage import CACHED_TEACHER, STAGE_WRAPPER
+from timm_mamba_pkd.distributed import world
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import Job, stages
 from timm_mamba_pkd.runner.device import autocast
@@ -163,9 +165,12 @@ def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iter
                 box.advance_to_next_stage()
         require_our_step(box, amp, name)
         _check_ignored(box, stage, name)
+        _check_shares(box, name)
+        steps = len(Batches(box.train_data_loader))
         for loader in ("train_data_loader", "val_data_loader"):
-            if len(getattr(box, loader)) == 0:
-                message = f"train.{name}.{loader} has no batch: is drop_last on and batch_size too large?"
+            if len(getattr(box, loader)) == 0 or (loader == "train_data_loader" and steps == 0):
+                times = f", times {world()} processes" if world() > 1 else ""
+                message = f"train.{name}.{loader} has no batch: is drop_last on and batch_size{times} too large?"
                 raise ConfigError(message, at=(*at, loader))
         with _explaining(name):
             box.pre_epoch_process(epoch=getattr(box, "current_epoch", 0))
@@ -174,12 +179,12 @@ def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iter
         if seconds < SLOW:
             seconds = _try_step(job, box, batch, device, amp, name)
         _check_last_batch(box, name, device)
-        _check_scheduler(box, stage, name)
+        _check_scheduler(box, stage, name, steps)
         wrapper = getattr(box, "student_model", None)
         yield StageEstimate(
             student=wrapper.ensemble.names[wrapper.position] if isinstance(wrapper, StageWrapper) else None,
             epochs=stage["num_epochs"],
-            steps=len(box.train_data_loader),
+            steps=steps,
             seconds_per_step=seconds,
             cache_bytes=getattr(wrapper, "cache_bytes", 0),
             cache_dir=wrapper.cache_dir if isinstance(wrapper, StageWrapper) else None,
@@ -315,12 +320,9 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
 def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
     """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
     loader = box.train_data_loader
-    if (
-        isinstance(loader.dataset, IterableDataset)
-        or loader.drop_last
-        or loader.batch_size is None
-        or len(loader.dataset) % loader.batch_size != 1
-    ):
+    if isinstance(loader.dataset, IterableDataset) or loader.drop_last or loader.batch_size is None:
+        return
+    if not 1 <= len(loader.dataset) % (loader.batch_size * world()) <= world():
         return
     images, targets, supp_dict = next(
         iter(DataLoader(loader.dataset, batch_sampler=[[0]], collate_fn=loader.collate_fn))
@@ -335,12 +337,20 @@ def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
         ) from error
 
 
-def _check_scheduler(box: Any, stage: dict[str, Any], name: str) -> None:
+def _check_shares(box: Any, name: str) -> None:
+    """What several processes cannot share."""
+    loader = box.train_data_loader
+    if world() > 1 and loader.batch_sampler is None:
+        message = f"train.{name}.train_data_loader has no batch_size: several processes cannot share it"
+        raise ConfigError(message, at=("train", name, "train_data_loader"))
+
+
+def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch: int) -> None:
     """Schedulers use their arguments only as they step: here all steps of the stage, up to a thousand."""
     scheduler, every = box.lr_scheduler, box.scheduling_step
     if scheduler is None:
         return
-    steps = stage["num_epochs"] * (len(box.train_data_loader) // every if every and every > 0 else 1)
+    steps = stage["num_epochs"] * (steps_of_epoch // every if every and every > 0 else 1)
     total = getattr(scheduler, "total_steps", None)
     at = ("train", name, "scheduler")
     if total is not None and steps > total:

@@ -14,12 +14,13 @@ import torch
 from torchdistill.common.main_util import set_seed
 from torchdistill.misc.log import set_basic_log_config
 
+from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.files import WriteError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
-from timm_mamba_pkd.runner.check import check, duration, require_space, size
+from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_space, size
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
@@ -47,16 +48,26 @@ FLAGS_OF_A_RUN = (  # with others it would come to other weights
     "torchcompile",
     "model-ema",
     "model-ema-decay",
+    "sync-bn",
     "on-nonfinite",
 )
 
 
 def run_check(args: argparse.Namespace) -> None:
     """``mamba-pkd check``: all that ``train`` checks before it trains, and what the run will take."""
-    run = _run_folder(args)
-    device, job, amp = _set_up(args)
-    estimates = check(job, device, amp)
-    written, cached = require_space(job, run.path, estimates)
+    run, device = _run_folder(args), _device(args)
+    with distributed.process_group(device):
+        job, amp = _set_up(args, device)
+        with distributed.failing_together(ConfigError):
+            estimates = check(job, device, amp)
+            written, cached = require_space(job, run.path, estimates)
+        if distributed.is_main():
+            _print_estimates(job, run, device, estimates, written, cached)
+
+
+def _print_estimates(
+    job: Job, run: RunFolder, device: torch.device, estimates: list[StageEstimate], written: int, cached: int
+) -> None:
     print(job.source.path)
     for number, stage in enumerate(estimates, start=1):
         student = stage.student or job.student_config["key"]
@@ -79,45 +90,70 @@ def run_expand(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """``mamba-pkd train``: prepare, train, test, report."""
-    run = _run_folder(args)
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"--output {run.path} is a file: name a folder")
     if args.torchcompile is not None:
         require_backend(args.torchcompile)
-    decay = args.model_ema_decay if args.model_ema else None
+    run, device = _run_folder(args), _device(args)
+    try:
+        with distributed.process_group(device), ExitStack() as stack:
+            _train(args, run, device, stack)
+    except distributed.ProcessEnded as error:
+        last = Checkpoints(run.checkpoints).last()
+        raise distributed.ProcessEnded(f"{error}; the same command goes on from {last or 'the start'}") from error
+
+
+def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack: ExitStack) -> None:
     flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
-    with ExitStack() as stack:
-        if run.begun:
-            stack.enter_context(run.locked())
-        resuming = run.begun and not args.fresh
-        if resuming:
-            run.require_same(args.config, flags)
-            if run.finished:
-                print(f"The run in {run.path} is finished; --fresh starts anew.\n")
-                print(to_text(read_csv(run.path / "results.csv")))
-                return
-        device, job, amp = _set_up(args)
-        destination = job.destination
-        if destination is not None and destination.exists() and not resuming and not args.fresh:
+    resuming = finished = False
+    with distributed.failing_together(ConfigError):
+        if distributed.is_main():
+            resuming, finished = _claim(args, run, flags, stack)
+    resuming, finished = distributed.broadcast((resuming, finished))
+    if finished:
+        if distributed.is_main():
+            print(f"The run in {run.path} is finished; --fresh starts anew.\n")
+            print(to_text(read_csv(run.path / "results.csv")))
+        return
+    job, amp = _set_up(args, device)
+    destination = job.destination
+    with distributed.failing_together(ConfigError):
+        starts = distributed.is_main() and not resuming
+        if starts and destination is not None and destination.exists() and not args.fresh:
             raise ConfigError(
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
         estimates = check(job, device, amp)
         require_space(job, run.path, estimates, args.model_ema, resuming)
-        if destination is not None:
-            make_folder(destination.parent)
-        if not resuming:
-            with _keeping(run):
-                _begin(args, job, run, flags, stack)
-        with logging_to(args.run_log or run.log), _keeping(run):
-            if args.log_config:
-                logger.info(job.config)
-            options = Options(amp, args.torchcompile, decay, args.on_nonfinite)
-            with explaining(args.torchcompile), tracking(job) as tracker:
-                train(job, run, device, options, estimates, tracker)
-            with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
-                _report(args, run, device, _test(args, job, device, amp))
+        if distributed.is_main():
+            if destination is not None:
+                make_folder(destination.parent)
+            if starts:
+                with _keeping(run):
+                    _begin(args, job, run, flags, stack)
+    decay = args.model_ema_decay if args.model_ema else None
+    options = Options(amp, args.torchcompile, decay, args.on_nonfinite, args.sync_bn)
+    log = logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext()
+    with log, _keeping(run):
+        if args.log_config:
+            logger.info(job.config)
+        with explaining(args.torchcompile), tracking(job) as tracker:
+            train(job, run, device, options, estimates, tracker)
+        with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
+            rows = _test(args, job, device, amp)
+        if distributed.is_main():
+            _report(args, run, device, rows)
+
+
+def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> tuple[bool, bool]:
+    """Whether the run in the folder, which is locked if there is one, is to go on, and whether it is finished."""
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"--output {run.path} is a file: name a folder")
+    if run.begun:
+        stack.enter_context(run.locked())
+    resuming = run.begun and not args.fresh
+    if resuming:
+        run.require_same(args.config, flags)
+    return resuming, resuming and run.finished
 
 
 @contextmanager
@@ -160,19 +196,23 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """``mamba-pkd evaluate`` and ``train -test_only``: test trained weights."""
     if getattr(args, "model", None) is not None:
         _refuse(args, ("output", "cache_dir", "run_log", "safe_config", "student_only", "log_config"), "--config")
+        if distributed.launched():
+            raise ConfigError("evaluate --model works in one process: start it without torchrun")
         evaluate_named(args)
         return
     _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
-    run = _run_folder(args)
-    device, job, amp = _set_up(args)
-    checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
-    logger.info("Testing the weights in %s", checkpoint)
-    try:
-        load_weights(job.student, checkpoint)
-    except WeightsError as error:
-        raise ConfigError(str(error)) from error
-    with logging_to(args.run_log) if args.run_log else nullcontext():
-        _test(args, job, device, amp)
+    run, device = _run_folder(args), _device(args)
+    with distributed.process_group(device):
+        job, amp = _set_up(args, device)
+        checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
+        logger.info("Testing the weights in %s", checkpoint)
+        with distributed.failing_together(ConfigError):
+            try:
+                load_weights(job.student, checkpoint)
+            except WeightsError as error:
+                raise ConfigError(str(error)) from error
+        with logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
+            _test(args, job, device, amp)
 
 
 def _refuse(args: argparse.Namespace, flags: Sequence[str], other: str) -> None:
@@ -233,27 +273,39 @@ def _run_folder(args: argparse.Namespace) -> RunFolder:
     return RunFolder(args.output or Path("runs") / Path(args.config).stem)
 
 
-def _set_up(args: argparse.Namespace) -> tuple[torch.device, Job, torch.dtype | None]:
-    """Seed, device, the job of the config, and the dtype of its automatic mixed precision."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("training on several processes is not supported yet: start one process, without torchrun")
-    if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
-        raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device of the flags; of several processes on a machine each has a GPU of its own."""
+    device = find_device(args.device)
+    if device.type != "cuda" or not distributed.launched():
+        return device
+    return find_device(f"cuda:{distributed.local_rank()}")
+
+
+def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.dtype | None]:
+    """Seed, the job of the config, and the dtype of its automatic mixed precision."""
+    with distributed.failing_together(ConfigError):
+        if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
+            raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
-    device = find_device(args.device)
     _keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
-    set_seed(args.seed)
-    job = prepare(args.config, device, args.cache_dir, safe_folders(args))
-    for warning in job.warnings:
+    job: Any = None
+    for first in (True, False):  # of a machine's processes, which may have data to download
+        with distributed.failing_together(ConfigError):
+            if first == (distributed.local_rank() == 0):
+                set_seed(args.seed)
+                job = prepare(args.config, device, args.cache_dir, safe_folders(args))
+    for warning in job.warnings if distributed.is_main() else ():
         logger.warning(warning)
+    if distributed.rank() > 0:
+        set_seed((args.seed + distributed.rank()) % 2**32)  # the models are the same; dropout and augmentations differ
     if args.channels_last:
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return device, job, _precision(args, job)
+    return job, _precision(args, job)
 
 
 def _precision(args: argparse.Namespace, job: Job) -> torch.dtype | None:
@@ -290,7 +342,8 @@ def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path
 
 def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: torch.dtype | None) -> list[Row]:
     rows = measure(job, device, amp, args.student_only)
-    print(to_text(rows))
+    if distributed.is_main():
+        print(to_text(rows))
     return rows
 
 

@@ -1,4 +1,7 @@
-"""Accuracy of classifiers, and of every student and every partial ensemble in one pass."""
+"""Accuracy of classifiers, and of every student and every partial ensemble in one pass.
+
+Several processes share the batches, each of which is counted once.
+"""
 
 from collections.abc import Sequence
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from timm_mamba_pkd.distributed import all_sum, share_of
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError
@@ -33,13 +37,14 @@ def evaluate(
     correct, total = torch.zeros(len(topk), dtype=torch.int64), 0
     was_training = model.training
     model.eval()
-    for images, targets, *_ in progress(loader, title):
+    for images, targets, *_ in progress(share_of(loader), title):
         with autocast(device, amp):
             logits = model(images.to(device))
         correct += count_correct(logits.float(), targets.to(device), topk).cpu()
         total += len(targets)
     model.train(was_training)
-    _require_all(loader, total)
+    correct, total = all_sum(correct), all_sum(torch.tensor(total))
+    _require_all(loader, int(total))
     return (100 * correct / total).tolist()
 
 
@@ -55,14 +60,15 @@ def evaluate_ensemble(
     correct, total = torch.zeros(2, ensemble.num_active, dtype=torch.int64), 0
     was_training = ensemble.training
     ensemble.eval()
-    for images, targets, *_ in progress(loader, title):
+    for images, targets, *_ in progress(share_of(loader), title):
         with autocast(device, amp):
             students = ensemble.student_logits(images.to(device)).float()
         both = torch.stack([students, ensemble.combine(students)])
         correct += count_correct(both, targets.to(device), (1,))[..., 0].cpu()
         total += len(targets)
     ensemble.train(was_training)
-    _require_all(loader, total)
+    correct, total = all_sum(correct), all_sum(torch.tensor(total))
+    _require_all(loader, int(total))
     alone, together = (100 * correct / total).tolist()
     return alone, together
 

@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupted", "deferring", "ending_on_signals", "received"]
+from timm_mamba_pkd.distributed import gather, is_main
+
+__all__ = ["Interrupted", "deferring", "ending_on_signals", "received", "received_anywhere", "share"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,7 +48,8 @@ def ending_on_signals() -> Iterator[None]:
         if not _state.deferring:
             raise Interrupted(_state.received)
         message = f"\nmamba-pkd: {_state.received.name}: finishing the step and saving; a second signal ends at once\n"
-        os.write(2, message.encode())  # print and logging may be what was interrupted
+        if is_main():
+            os.write(2, message.encode())  # print and logging may be what was interrupted
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     _state.received = None
@@ -69,6 +72,19 @@ def deferring() -> Iterator[None]:
         raise Interrupted(_state.received)
 
 
-def received() -> bool:
-    """Whether a signal waits for the end of `deferring`."""
-    return _state.received is not None
+def received() -> int:
+    """The number of the signal that waits for the end of `deferring`; 0 for none."""
+    return _state.received or 0
+
+
+def share(numbers: Iterable[int]) -> bool:
+    """Take what `received` says in every process as received here too; whether there is any."""
+    number = max(numbers)
+    if number:
+        _state.received = signal.Signals(number)
+    return number > 0
+
+
+def received_anywhere() -> bool:
+    """`share` what every process has received by now."""
+    return share(gather(received()))

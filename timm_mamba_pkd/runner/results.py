@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_mamba_pkd.distributed import is_main
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.report import Row, count_macs, count_params, measure_latency, read_metrics, write_report
 from timm_mamba_pkd.runner.config import Job
@@ -18,9 +19,24 @@ logger = logging.getLogger(__name__)
 def measure(job: Job, device: torch.device, amp: torch.dtype | None = None, student_only: bool = False) -> list[Row]:
     """Accuracy on the test set and cost of the teacher, of each student alone, and of the ensemble after each student.
 
-    The rows come in that order. A run without a teacher or without an ensemble has the rows that it has.
+    The rows come in that order. A run without a teacher or without an ensemble has the rows that it has. Several
+    processes share the test set; those but rank 0 have no rows.
     """
-    loader = job.test_loader
+    loader, ensemble = job.test_loader, job.student
+    of_teacher: list[float] = []
+    of_student: list[float] = []
+    alone: list[float] = []
+    together: list[float] = []
+    if job.teacher is not None and not student_only:
+        of_teacher = evaluate(job.teacher, loader, device, job.topk, amp, "test teacher")
+        _log_accuracies("teacher", job.topk, of_teacher)
+    if isinstance(ensemble, MambaPKDEnsemble):
+        alone, together = evaluate_ensemble(ensemble, loader, device, amp, "test students")
+    else:
+        of_student = evaluate(job.student, loader, device, job.topk, amp, "test student")
+        _log_accuracies("student", job.topk, of_student)
+    if not is_main():
+        return []
     teacher_macs = None if job.teacher is None else count_macs(job.teacher, job.input_size)
 
     def row(model: nn.Module, name: str, role: str, k: int | None, top1: float) -> Row:
@@ -37,18 +53,10 @@ def measure(job: Job, device: torch.device, amp: torch.dtype | None = None, stud
         )
 
     rows = []
-    if job.teacher is not None and not student_only:
-        accuracies = evaluate(job.teacher, loader, device, job.topk, amp, "test teacher")
-        _log_accuracies("teacher", job.topk, accuracies)
-        teacher_config = job.config["models"]["teacher_model"]
-        rows.append(row(job.teacher, _name(teacher_config), "teacher", None, accuracies[0]))
-    if not isinstance(job.student, MambaPKDEnsemble):
-        accuracies = evaluate(job.student, loader, device, job.topk, amp, "test student")
-        _log_accuracies("student", job.topk, accuracies)
-        return [*rows, row(job.student, _name(job.student_config), "student", 1, accuracies[0])]
-
-    ensemble = job.student
-    alone, together = evaluate_ensemble(ensemble, loader, device, amp, "test students")
+    if job.teacher is not None and of_teacher:
+        rows.append(row(job.teacher, _name(job.config["models"]["teacher_model"]), "teacher", None, of_teacher[0]))
+    if not isinstance(ensemble, MambaPKDEnsemble):
+        return [*rows, row(job.student, _name(job.student_config), "student", 1, of_student[0])]
     positions = ensemble.active_positions
     for i, top1 in zip(positions, alone, strict=True):
         rows.append(row(ensemble.alone(i), ensemble.names[i], "student", i + 1, top1))

@@ -8,13 +8,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torchdistill.core.interfaces.post_forward_proc import default_post_forward_process
 
+from timm_mamba_pkd.distributed import average_gradients, world
 from timm_mamba_pkd.runner.errors import ConfigError
 
 SMALLEST_SCALE = 1e-4  # of float16's gradients, as in fairseq
 
 
 class Step:
-    """torchdistill's `default_post_forward_process`, and a gradient scaler for float16.
+    """torchdistill's `default_post_forward_process`, with the processes' mean gradients and a scaler for float16.
 
     A config with another ``post_forward_process`` keeps its own.
 
@@ -46,9 +47,10 @@ class Step:
             scheduler.step(*[box.stage_grad_count // every] * restarts)
 
     def _step_optimizer(self, box: Any) -> None:
+        parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
+        average_gradients(parameters)
         if box.max_grad_norm is not None:
             self.scaler.unscale_(box.optimizer)
-            parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
             clip_grad_norm_(parameters, box.max_grad_norm)
         self.scaler.step(box.optimizer)  # passes over gradients that overflowed
         self.scaler.update()
@@ -66,10 +68,13 @@ def takes_our_step(box: Any) -> bool:
 
 
 def require_our_step(box: Any, amp: torch.dtype | None, stage: str) -> None:
-    """Raise a ConfigError if ``stage`` has a ``post_forward_process`` of its own, which cannot scale gradients."""
-    if amp == torch.float16 and not takes_our_step(box):
-        raise ConfigError(
-            f"train.{stage}.post_forward_process takes the optimizer's step itself, and float16 needs gradients to be "
-            "scaled there: remove it, or train with --amp-dtype bfloat16",
-            at=("train", stage, "post_forward_process"),
-        )
+    """Raise a ConfigError if ``stage`` has a ``post_forward_process`` of its own where only ours will do."""
+    if takes_our_step(box) or (world() == 1 and amp != torch.float16):
+        return
+    needs = "several processes need the mean of their gradients" if world() > 1 else "float16 needs scaled gradients"
+    instead = "in one process" if world() > 1 else "with --amp-dtype bfloat16"
+    raise ConfigError(
+        f"train.{stage}.post_forward_process takes the optimizer's step itself, and {needs} there: remove it, or train "
+        f"{instead}",
+        at=("train", stage, "post_forward_process"),
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchdistill.misc.log import TrainingTracker, setup_tracker
 
+from timm_mamba_pkd.distributed import is_main
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 
@@ -49,12 +50,15 @@ def require_tracker(job: Job) -> None:
 
 @contextmanager
 def tracking(job: Job) -> Iterator[Tracker]:
-    """The tracker of a config, which is finished when the context ends.
+    """The tracker of a config, which is finished when the context ends; rank 0 alone has it.
 
     Raises:
         ConfigError: it cannot be started.
     """
     shown = {name: job.config[name] for name in ("models", "train", "test")}  # data sets are objects, not text
+    if not is_main():
+        yield Tracker(None)
+        return
     with job.source.locating():
         try:
             tracker = setup_tracker(job.config.get("tracker"), json.loads(json.dumps(shown, default=str)))

@@ -1,6 +1,7 @@
 """``mamba-pkd train``: torchdistill's stock boxes, driven over all epochs of all stages of a config."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
+from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
 from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.average import WeightAverage, in_training
@@ -28,7 +31,7 @@ from timm_mamba_pkd.runner.step import Step
 from timm_mamba_pkd.runner.streams import start_epoch
 from timm_mamba_pkd.runner.time_left import time_left
 from timm_mamba_pkd.runner.tracking import Tracker
-from timm_mamba_pkd.runner.training_state import Progress, capture, restore
+from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors
 from timm_mamba_pkd.runner.unreadable import reporting
 
 logger = logging.getLogger(__name__)
@@ -46,12 +49,14 @@ class Options:
         torchcompile: backend of ``torch.compile`` for teacher and students, None for none.
         ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
+        sync_bn: have the student's batch norms see the batches of all processes.
     """
 
     amp: torch.dtype | None = None
     torchcompile: str | None = None
     ema_decay: float | None = None
     on_nonfinite: str = "stop"
+    sync_bn: bool = False
 
 
 def train(
@@ -68,11 +73,14 @@ def train(
     stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
     torchdistill's format unless it is named .safetensors.
 
+    Several processes take their shares of every batch; rank 0 alone writes.
+
     Raises:
         ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
             written, or all are damaged.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal came; what was trained is saved.
+        ProcessEnded: another process of the run has ended.
     """
     Trainer(job, run, device, options, estimates, tracker).train()
 
@@ -95,7 +103,13 @@ class Trainer:
         self._last_saved = time.monotonic()
         if options.amp is not None:
             _keep_logits_in_float32(job)
-        self._resumed = self.checkpoints.load()
+        if options.sync_bn and distributed.world() > 1:
+            synchronize_batch_norms(job.student)
+        with distributed.failing_together(ConfigError):
+            self._resumed = self.checkpoints.load() if distributed.is_main() else None
+        self._resumed = distributed.broadcast(self._resumed)
+        self._replays = self._resumed is None or take_own(self._resumed)
+        self._stops = self._is_due = False  # what all processes agreed on in the present step
         self.step = Step(device, options.amp)
         self.average: WeightAverage | None = None
         self.box: Any
@@ -104,12 +118,14 @@ class Trainer:
         else:
             self.box, self.progress = restore(self._resumed, job, device)
             self.step.scaler.load_state_dict(self._resumed["scaler"])
-        last = None if self._resumed is None else self.checkpoints.last()
-        run.note_start(describe_start(device, None if last is None else last.name))
+        if distributed.is_main():
+            last = None if self._resumed is None else self.checkpoints.last()
+            run.note_start(describe_start(device, None if last is None else last.name))
         if options.torchcompile is not None:
             compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
-        self.run.rewrite_metrics(self.progress.metrics)
+        if distributed.is_main():
+            self.run.rewrite_metrics(self.progress.metrics)
 
     def train(self) -> None:
         """Train what is left to train."""
@@ -121,13 +137,14 @@ class Trainer:
             self._finish_epoch(stage)
             progress.begin_epoch(progress.epoch + 1)
         box.clean_modules()
-        if self.job.destination is not None:
+        if self.job.destination is not None and distributed.is_main():
             save = save_weights if self.job.destination.suffix == ".safetensors" else save_checkpoint
             save(self.job.student, self.job.destination)
         logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
     def _train_epoch(self) -> None:
         """Train on what is left of the present epoch; afterwards, and if a signal comes, there is a checkpoint."""
+        distributed.broadcast_tensors(tensors(self.job, self.box))
         self.box.pre_epoch_process(epoch=self.progress.epoch)
         start_epoch(self.box.train_data_loader, self.progress.epoch)
         batches = Batches(self.box.train_data_loader)
@@ -137,16 +154,21 @@ class Trainer:
             self.average = WeightAverage(in_training(self.job.student, self.box), self.options.ema_decay)
             if resumed is not None and resumed["average"] is not None:
                 self.average.load_state_dict(resumed["average"])
+        after = None if resumed is None else resumed["random"]
         if progress.trained and resumed is not None:
-            batches.set_random_state(resumed["random"])
+            if after is not None:
+                batches.set_random_state(after)
             return
         if resumed is None or progress.start is None:
             progress.start = batches.random_state()
         else:
             batches.set_random_state(progress.start)
         with interrupts.deferring():
-            self._train_steps(batches, None if resumed is None else resumed["random"])
-            progress.trained = not interrupts.received()
+            self._train_steps(batches, after)
+            distributed.broadcast_tensors(
+                tensors(self.job, self.box)
+            )  # batch norms have seen each process's own batches
+            progress.trained = not interrupts.received_anywhere()
             self._save(batches)
 
     def _train_steps(self, batches: Batches, after: Any) -> None:
@@ -154,20 +176,20 @@ class Trainer:
         log_freq = self.job.config["train"].get("log_freq", 1000)
         total, before = len(batches), progress.seconds
         started, done_before = time.perf_counter(), progress.samples
-        left = reporting(self.job.datasets, batches.epoch(progress.samples, after))
+        left = reporting(self.job.datasets, batches.epoch(progress.samples, after, self._replays))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
             loss = self._step(images, targets, supp_dict, indices)
-            progress.samples += len(targets)
+            progress.samples = batches.done
             progress.steps += 1
             progress.seconds = before + time.perf_counter() - started
             if progress.steps % log_freq == 0:
                 rate = (progress.samples - done_before) / (time.perf_counter() - started)
                 message = "%s  step %d/%d  loss %.4f  %.0f images/s  %s"
                 logger.info(message, title, progress.steps, total, loss, rate, self._time_left())
-            if interrupts.received():
+            if self._stops or (distributed.world() == 1 and interrupts.received()):
                 return
-            if time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+            if self._is_due:
                 self._save(batches)
 
     def _time_left(self) -> str:
@@ -177,7 +199,7 @@ class Trainer:
         return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
-        """Forward, loss, backward, and the optimizer's step; returns the loss."""
+        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
         job, box = self.job, self.box
         if not targets.is_floating_point() and targets.max() >= job.num_classes:
             raise ConfigError(
@@ -192,22 +214,39 @@ class Trainer:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
-        if not torch.isfinite(loss):
+        total, count = self._agree(value * len(targets), len(targets))
+        if not math.isfinite(total):
             self._meet_nonfinite(value, indices)
-            return value
-        self.progress.total_loss += value * len(targets)
-        self.progress.counted += len(targets)
+            return total
+        self.progress.total_loss += total
+        self.progress.counted += count
         self.step(box, loss)
         if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
             self.average.update()
-        return value
+        return total / count
+
+    def _agree(self, loss: float, count: int) -> tuple[float, int]:
+        """The sums over all processes, which agree here whether to stop or to save after this step."""
+        is_due = distributed.is_main() and time.monotonic() - self._last_saved > SECONDS_BETWEEN_CHECKPOINTS
+        numbers = distributed.gather_numbers(
+            [loss, count, is_due, interrupts.received() if distributed.world() > 1 else 0]
+        )
+        losses, counts, due, signals = zip(*numbers, strict=True)
+        self._is_due = any(due)
+        self._stops = interrupts.share(map(int, signals))
+        return sum(losses), int(sum(counts))
 
     def _meet_nonfinite(self, value: float, indices: list[int] | None) -> None:
-        """Stop before the optimizer steps, or let the batch be skipped."""
-        progress = self.progress
-        which = "" if indices is None else f" on the samples {', '.join(map(str, indices))}"
-        what = f"the loss became {value} at epoch {progress.epoch + 1}, step {progress.steps + 1}{which}"
-        last = self.checkpoints.last()
+        """Stop all processes before the optimizer steps, or let the batch be skipped."""
+        progress, values, which = self.progress, [], []
+        for rank, (loss, samples) in enumerate(distributed.gather((value, indices))):
+            if not math.isfinite(loss):
+                values.append(loss)
+                which += [] if samples is None else [f"on the samples {', '.join(map(str, samples))}"]
+                which += [f"of rank {rank}"] if distributed.world() > 1 else []
+        what = f"the loss became {values[0]} at epoch {progress.epoch + 1}, step {progress.steps + 1}"
+        what = " ".join([what, *which])
+        last = distributed.broadcast(self.checkpoints.last())
         where = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
         if self.options.on_nonfinite == "stop":
             raise FloatingPointError(f"{what}; {where}: lower the lr, or pass over it with --on-nonfinite skip")
@@ -216,7 +255,8 @@ class Trainer:
             raise FloatingPointError(
                 f"{what}; {SKIPPED_AT_MOST} batches of this stage have been skipped before; {where}: lower the lr"
             )
-        logger.warning("Skipped a batch: %s", what)
+        if distributed.is_main():
+            logger.warning("Skipped a batch: %s", what)
 
     def _save(self, batches: Batches) -> None:
         for name, parameter in self.job.student.named_parameters():
@@ -228,7 +268,9 @@ class Trainer:
         state["scaler"] = self.step.scaler.state_dict()
         state["average"] = None if self.average is None else self.average.state_dict()
         stage, progress = state["stage"], self.progress
-        self._saved = self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
+        with distributed.failing_together(ConfigError):
+            if distributed.is_main():
+                self.checkpoints.save(state, stage, progress.epoch + 1, progress.samples)
         self._last_saved = time.monotonic()
 
     def _finish_epoch(self, stage: int) -> None:
@@ -251,8 +293,9 @@ class Trainer:
             **_validate(job, box, self.device, options.amp),
         }
         progress.metrics.append(record)
-        self.run.log_metrics(record)
-        self.tracker.log(record)
+        if distributed.is_main():
+            self.run.log_metrics(record)
+            self.tracker.log(record)
         alone = record["val_top1_student"]
         logger.info(
             "stage %d  epoch %d/%d  %sloss %.4f  val top-1 %.2f%s  %.0f images/s%s",
@@ -260,16 +303,18 @@ class Trainer:
             record["loss"], record["val_top1"], "" if alone is None else f" (alone {alone:.2f})", record["img_per_s"],
             f"  {self._time_left()}" if progress.epoch + 1 < box.num_epochs else "",
         )  # fmt: skip
-        _save_weights(job.student, box, self.run)
+        if distributed.is_main():
+            _save_weights(job.student, box, self.run)
         if self.average is not None and not ends:
             self.average.swap()
         elif ends:
             self.average = None  # it has taken the place of the weights
         if record["val_top1"] > progress.best.get(stage, -1.0):
             progress.best[stage] = record["val_top1"]
-            last = self.checkpoints.last()
-            assert last is not None
-            self.checkpoints.keep_best(last, stage)
+            if distributed.is_main():
+                last = self.checkpoints.last()
+                assert last is not None
+                self.checkpoints.keep_best(last, stage)
         box.post_epoch_process(metrics=record["val_top1"])
         if getattr(box, "stage_number", 1) != stage:
             progress.skipped = 0

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from timm_mamba_pkd.distillation import StageWrapper
+from timm_mamba_pkd.distributed import gather, rank, world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.config import ConfigError, Job
@@ -51,10 +52,13 @@ class Progress:
 
 
 def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[str, Any]:
-    """The state of a run between two steps; ``now`` is that of its random generators."""
+    """The state of a run between two steps; ``now`` is that of its random generators.
+
+    It is this process's, and under ``others`` what those of rank 1, 2, ... have of their own.
+    """
     optimizer, scheduler = box.optimizer, box.lr_scheduler
     accumulating = box.stage_grad_count % box.grad_accum_step != 0
-    return {
+    state = {
         "progress": dataclasses.asdict(progress),
         "random": now,
         "stage": getattr(box, "stage_number", 1),
@@ -67,6 +71,32 @@ def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[st
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "stage_grad_count": box.stage_grad_count,
     }
+    return {**state, "others": gather(_own(state))[1:]}
+
+
+def take_own(state: dict[str, Any]) -> bool:
+    """Make a captured state that of this process, where it has one; whether there were as many processes as now.
+
+    Otherwise those that were not there keep their random generators (None), and gradients that were accumulating are
+    everyone's mean.
+    """
+    parts = [_own(state), *state["others"]]
+    own = parts[rank()] if rank() < len(parts) else {"random": None, "start": None}
+    state["random"], state["progress"]["start"] = own["random"], own["start"]
+    if len(parts) == world():
+        state["gradients"] = own["gradients"]
+    elif state["gradients"] is not None:
+        everyones = zip(*(part["gradients"] for part in parts), strict=True)
+        state["gradients"] = [_mean([g for g in gradients if g is not None], len(parts)) for gradients in everyones]
+    return len(parts) == world()
+
+
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    return {"random": state["random"], "start": state["progress"]["start"], "gradients": state["gradients"]}
+
+
+def _mean(tensors: list[torch.Tensor], count: int) -> torch.Tensor | None:
+    return torch.stack(tensors).sum(0) / count if tensors else None
 
 
 def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box, Progress]:
@@ -97,6 +127,12 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
         box.lr_scheduler.load_state_dict(state["scheduler"])
     box.stage_grad_count = state["stage_grad_count"]
     return box, progress
+
+
+def tensors(job: Job, box: Any) -> list[torch.Tensor]:
+    """All parameters and buffers that training may change."""
+    modules = [module for name, module in _modules(job, box).items() if _changes(name, module)]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _modules(job: Job, box: Any) -> dict[str, nn.Module]:
