@@ -33,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise WriteError(error.errno, error.strerror, str(path)) from error
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

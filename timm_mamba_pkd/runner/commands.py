@@ -24,7 +24,7 @@ from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.device import find_device, precision
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
@@ -305,22 +305,8 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return job, _precision(args, job)
-
-
-def _precision(args: argparse.Namespace, job: Job) -> torch.dtype | None:
-    """What ``--amp`` and ``--amp-dtype`` say, and ``amp`` under ``train`` in the config."""
-    by_config = job.config["train"].get("amp")
-    if not args.amp and not by_config:
-        if args.amp_dtype is not None:
-            raise ConfigError(f"--amp-dtype {args.amp_dtype} does nothing without --amp")
-        return None
-    if by_config not in (None, False, True, "bfloat16", "float16"):
-        with job.source.locating():
-            message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
-            raise ConfigError(message, at=("train", "amp"))
-    named = by_config if isinstance(by_config, str) else "bfloat16"
-    return getattr(torch, args.amp_dtype or named)
+    with job.source.locating():
+        return job, precision(args.amp, args.amp_dtype, job.config["train"].get("amp"))
 
 
 def _keep_freed_memory() -> None:

@@ -1,5 +1,7 @@
 """The device that a command works on, and its precision."""
 
+from typing import Any
+
 import torch
 
 from timm_mamba_pkd.ops import resolve
@@ -27,3 +29,19 @@ def find_device(name: str | None) -> torch.device:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return device
+
+
+def precision(amp: bool, amp_dtype: str | None, by_config: Any = None) -> torch.dtype | None:
+    """The dtype of automatic mixed precision that ``--amp``, ``--amp-dtype`` and ``amp`` of a config ask for, if any.
+
+    Raises:
+        ConfigError: ``--amp-dtype`` without the others, or ``amp`` is none of what it can be.
+    """
+    if by_config not in (None, False, True, "bfloat16", "float16"):
+        message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
+        raise ConfigError(message, at=("train", "amp"))
+    if amp or by_config:
+        return getattr(torch, amp_dtype or (by_config if isinstance(by_config, str) else "bfloat16"))
+    if amp_dtype is not None:
+        raise ConfigError(f"--amp-dtype {amp_dtype} does nothing without --amp")
+    return None

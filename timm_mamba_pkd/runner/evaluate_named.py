@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_mamba_pkd.models import WeightsError, load_state, read_weights
 from timm_mamba_pkd.report import count_macs, count_params
-from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.device import find_device, precision
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
@@ -50,7 +50,8 @@ def evaluate_named(args: argparse.Namespace) -> None:
         model.to(memory_format=torch.channels_last)
     macs, topk = count_macs(model, input_size), (1, 5) if model.num_classes >= 5 else (1,)
     loader = _Loader(images, args.batch_size, args.workers)
-    accuracies = evaluate(model.to(device), loader, device, topk, args.amp, "test")  # pyright: ignore[reportArgumentType]
+    amp = precision(args.amp, args.amp_dtype)
+    accuracies = evaluate(model.to(device), loader, device, topk, amp, "test")  # pyright: ignore[reportArgumentType]
     if loader.broken:
         shown = "; ".join(loader.broken[:SHOWN]) + ("; ..." if len(loader.broken) > SHOWN else "")
         raise ConfigError(
