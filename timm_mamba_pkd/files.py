@@ -39,7 +39,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_file(path: str | Path, content: bytes) -> None:
+def write_file(path: str | Path, content: bytes | memoryview) -> None:
     """Write `content` to `path` as `whole_file` does."""
     with whole_file(path) as file:
         file.write(content)

@@ -123,11 +123,11 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(ConfigError, match="no checkpoint could be written") as error:
+        with pytest.raises(ConfigError, match="cannot be written: File too large") as error:
             checkpoints.save({"content": torch.zeros(1_000_000)}, 1, 2, 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert str(error.value).endswith(f"the last good one is {good}")
+    assert str(error.value).endswith(f"; the last good checkpoint is {good}")
     assert list(checkpoints.folder.iterdir()) == [good]
     loaded = checkpoints.load()
     assert loaded is not None and loaded["number"] == 1
@@ -135,6 +135,6 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints):
 
 def test_what_a_killed_process_left_is_removed(checkpoints):
     checkpoints.folder.mkdir()
-    (checkpoints.folder / ".checkpoint.1.tmp").write_bytes(b"half")
+    (checkpoints.folder / ".stage1.pt.1.tmp").write_bytes(b"half")
     path = checkpoints.save(state(1), 1, 1, 100)
     assert list(checkpoints.folder.iterdir()) == [path]

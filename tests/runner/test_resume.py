@@ -242,3 +242,47 @@ def test_two_runs_in_one_folder(plain, run, signal_at, errors, capsys):
         assert errors() == [f"another run is writing in {folder}: wait, or choose another --output"]
         assert run(plain, "--fresh")[0] == 2
     assert run(plain)[0] == 0
+
+
+def test_a_run_killed_before_it_trained(plain, run, write, tmp_path):
+    """The command starts it again, whichever of the first files were there."""
+    config = write(plain)
+    for number, names in enumerate([[], ["run.json"], ["config.yaml"], [".run.json.1.tmp"]]):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(config.read_bytes()[:100])
+        assert run(plain, output=folder.name)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"flags": 3}', "{}"])
+def test_a_damaged_record(content, plain, run, signal_at, errors, capsys):
+    signal_at(training.Trainer, "_step", 2)
+    code, folder = run(plain)
+    assert code == 143
+    capsys.readouterr()
+    record = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(content)
+    assert run(plain)[0] == 2
+    advice = "put it back, choose another --output, or start anew with --fresh"
+    assert errors() == [f"{folder}/run.json is damaged: {advice}"]
+    (folder / "run.json").write_text(record)
+    assert run(plain)[0] == 0
+
+
+def test_lost_checkpoints_are_said(plain, run, signal_at, caplog):
+    signal_at(training.Trainer, "_step", 2)
+    code, folder = run(plain)
+    assert code == 143
+    shutil.rmtree(folder / "checkpoints")
+    assert run(plain)[0] == 0
+    assert f"The run in {folder} has no checkpoint: it starts from the beginning" in caplog.text
+
+
+def test_weights_of_an_unfinished_run_are_said_to_be_so(plain, run, signal_at, caplog):
+    plain["train"]["num_epochs"] = 2
+    signal_at(training.Trainer, "_step", 5)
+    code, folder = run(plain)
+    assert code == 143
+    assert run(plain, command="evaluate")[0] == 0
+    assert f"The run in {folder} has not finished: these are its weights so far" in caplog.text

@@ -1,6 +1,7 @@
 """The checkpoints of a run: whole, verified by checksum, the last two and the best of each stage."""
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from timm_mamba_pkd.files import WriteError, leftover_files, sync_folder
+from timm_mamba_pkd.files import WriteError, leftover_files, write_file
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
@@ -39,23 +40,16 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in leftover_files(self.folder):
             leftover.unlink()
-        temporary = self.folder / f".checkpoint.{os.getpid()}.tmp"
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
+        path = self.folder / f"stage{stage}_epoch{epoch:04}_{samples:09}-{digest}.pt"
         try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            path = self.folder / f"stage{stage}_epoch{epoch:04}_{samples:09}-{_digest(temporary)}.pt"
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError
+            write_file(path, buffer.getbuffer())
+        except WriteError as error:
             last = self.last()
-            kept = "there is none before it" if last is None else f"the last good one is {last}"
-            raise ConfigError(
-                f"no checkpoint could be written to {self.folder} ({first_line(error)}): {kept}"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(self.folder)
+            kept = "there is no checkpoint before it" if last is None else f"the last good checkpoint is {last}"
+            raise ConfigError(f"checkpoint {error}; {kept}") from error
         for old in [old for old in self._all() if old != path][KEPT - 1 :]:
             old.unlink()
         return path

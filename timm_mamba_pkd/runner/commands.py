@@ -150,7 +150,7 @@ def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stac
         raise ConfigError(f"--output {run.path} is a file: name a folder")
     if run.begun:
         stack.enter_context(run.locked())
-    resuming = run.begun and not args.fresh
+    resuming = run.begun and not run.abandoned and not args.fresh
     if resuming:
         run.require_same(args.config, flags)
     return resuming, resuming and run.finished
@@ -206,6 +206,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         job, amp = _set_up(args, device)
         checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
         logger.info("Testing the weights in %s", checkpoint)
+        if checkpoint.parent == run.weights("").parent and not run.finished:
+            logger.warning("The run in %s has not finished: these are its weights so far", run.path)
         with distributed.failing_together(ConfigError):
             try:
                 load_weights(job.student, checkpoint)

@@ -165,6 +165,8 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder) -> Subject:
     config = prepare_trained(run.config, _folders(args, run))
     exportable = config.exportable()
     ensemble = isinstance(config.model, MambaPKDEnsemble)
+    if args.checkpoint is None and not run.finished:
+        logger.warning("The run in %s has not finished: these are its weights so far", run.path)
     _load(config.model, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
     exportable.load_state_dict(config.model.state_dict())
     return _subject(args, config.name, config.model, exportable, config.input_size, config, run)

@@ -59,6 +59,12 @@ class RunFolder:
         """Whether the run here has been tested and reported."""
         return (self.path / "results.csv").exists()
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether a run was killed here before it had even begun to train."""
+        later = [path for path in self._written() if path not in (self.config, self.record, self.expanded)]
+        return not (self.config.exists() and self.record.exists()) and not any(path.exists() for path in later)
+
     def _written(self) -> Sequence[Path]:
         weights = self.weights("").parent
         reports = [self.path / name for name in REPORT]
@@ -91,8 +97,17 @@ class RunFolder:
 
     def note_start(self, start: Mapping[str, Any]) -> None:
         """Add a start of the run to its record."""
-        record = json.loads(self.record.read_text())
+        record = self._read_record()
         self._write_record({**record, "starts": [*record["starts"], start]})
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self.record.read_text())
+            if isinstance(record["flags"], dict) and isinstance(record["starts"], list):
+                return record
+        except (ValueError, TypeError, KeyError, OSError):
+            pass
+        raise ConfigError(f"{self.record} is damaged: put it back, choose another --output, or start anew with --fresh")
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
@@ -107,7 +122,7 @@ class RunFolder:
             pairs = zip([*then, None], [*now, None], strict=False)
             line = next(number for number, (one, other) in enumerate(pairs, start=1) if one != other)
             raise ConfigError(f"{config_path} differs in line {line} from {self.config}, as the run began: {advice}")
-        begun = json.loads(self.record.read_text())["flags"]
+        begun = self._read_record()["flags"]
         for flag, value in flags.items():
             if begun.get(flag) != value:
                 raise ConfigError(f"the run in {self.path} began with {flag} {begun.get(flag)}, not {value}: {advice}")

@@ -113,6 +113,8 @@ class Trainer:
         self.step = Step(device, options.amp)
         self.average: WeightAverage | None = None
         self.box: Any
+        if self._resumed is None and run.metrics.exists():
+            logger.warning("The run in %s has no checkpoint: it starts from the beginning", run.path)
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:

@@ -1,6 +1,7 @@
 """All that a run needs to go on as if it had never stopped, as plain data for a checkpoint."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,8 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
     if box.lr_scheduler is not None:
         box.lr_scheduler.load_state_dict(state["scheduler"])
+        # The optimizer's steps before the scheduler's were in another process.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     box.stage_grad_count = state["stage_grad_count"]
     return box, progress
 
