@@ -115,6 +115,6 @@ def test_report_of_nothing(tmp_path, capsys):
 def test_default_output_is_named_after_the_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "digits").mkdir(parents=True)
-    (tmp_path / "runs" / "digits" / "config.yaml").touch()
+    (tmp_path / "runs" / "digits" / "metrics.jsonl").touch()
     assert cli.main(["train", "--config", "configs/digits.yaml"]) == 2
     assert "runs/digits holds a run that cannot be resumed" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.device import find_device, precision
+from timm_mamba_pkd.runner.device import find_device, precision, precision_of_config
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
@@ -308,7 +308,8 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with job.source.locating():
-        return job, precision(args.amp, args.amp_dtype, job.config["train"].get("amp"))
+        by_config = precision_of_config(job.config["train"].get("amp"))
+    return job, precision(args.amp, args.amp_dtype, by_config)
 
 
 def _keep_freed_memory() -> None:

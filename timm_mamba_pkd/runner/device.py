@@ -31,17 +31,26 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def precision(amp: bool, amp_dtype: str | None, by_config: Any = None) -> torch.dtype | None:
-    """The dtype of automatic mixed precision that ``--amp``, ``--amp-dtype`` and ``amp`` of a config ask for, if any.
+def precision(amp: bool, amp_dtype: str | None, by_config: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype of automatic mixed precision that ``--amp``, ``--amp-dtype`` and a config ask for, if any.
 
     Raises:
-        ConfigError: ``--amp-dtype`` without the others, or ``amp`` is none of what it can be.
+        ConfigError: ``--amp-dtype`` without the others.
     """
-    if by_config not in (None, False, True, "bfloat16", "float16"):
-        message = f"train.amp must be True, False, bfloat16 or float16, got {by_config!r}"
-        raise ConfigError(message, at=("train", "amp"))
-    if amp or by_config:
-        return getattr(torch, amp_dtype or (by_config if isinstance(by_config, str) else "bfloat16"))
-    if amp_dtype is not None:
+    if amp_dtype is not None and not amp and by_config is None:
         raise ConfigError(f"--amp-dtype {amp_dtype} does nothing without --amp")
-    return None
+    if amp_dtype is not None:
+        return getattr(torch, amp_dtype)
+    return by_config or (torch.bfloat16 if amp else None)
+
+
+def precision_of_config(amp: Any) -> torch.dtype | None:
+    """The dtype that ``amp`` under ``train`` in a config asks for, if any.
+
+    Raises:
+        ConfigError: it is none of what it can be.
+    """
+    if amp not in (None, False, True, "bfloat16", "float16"):
+        message = f"train.amp must be True, False, bfloat16 or float16, got {amp!r}"
+        raise ConfigError(message, at=("train", "amp"))
+    return getattr(torch, amp if isinstance(amp, str) else "bfloat16") if amp else None
