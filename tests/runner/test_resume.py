@@ -253,6 +253,7 @@ def test_a_run_killed_before_it_trained(plain, run, write, tmp_path):
         for name in names:
             (folder / name).write_bytes(config.read_bytes()[:100])
         assert run(plain, output=folder.name)[0] == 0
+        assert not list(folder.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"flags": 3}', "{}"])

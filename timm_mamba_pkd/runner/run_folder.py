@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from timm_mamba_pkd.files import WriteError, write_file
+from timm_mamba_pkd.files import WriteError, leftover_files, write_file
 from timm_mamba_pkd.runner.errors import ConfigError
 
 REPORT = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
@@ -140,6 +140,12 @@ class RunFolder:
         for path in written:
             shutil.move(path, old / path.name)
         return old
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of writers that were killed."""
+        for folder in (self.path, self.weights("").parent):
+            for leftover in leftover_files(folder):
+                leftover.unlink()
 
     def rewrite_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Make metrics.jsonl these lines of JSON."""

@@ -127,6 +127,7 @@ class Trainer:
             compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
         if distributed.is_main():
+            self.run.remove_leftovers()
             self.run.rewrite_metrics(self.progress.metrics)
 
     def train(self) -> None:
