@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
 from timm_mamba_pkd.distributed import ProcessEnded, SaidByMain, is_main
+from timm_mamba_pkd.files import WriteError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             modules_of_working_folder(not getattr(args, "safe_config", False)),
         ):
             args.action(args)
-    except (runner.ConfigError, FloatingPointError) as error:
+    except (runner.ConfigError, FloatingPointError, WriteError) as error:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2

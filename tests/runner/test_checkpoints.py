@@ -138,3 +138,17 @@ def test_what_a_killed_process_left_is_removed(checkpoints):
     (checkpoints.folder / ".stage1.pt.1.tmp").write_bytes(b"half")
     path = checkpoints.save(state(1), 1, 1, 100)
     assert list(checkpoints.folder.iterdir()) == [path]
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(checkpoints, monkeypatch):
+    path = checkpoints.save(state(1), 1, 1, 100)
+
+    def fail(self: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(ConfigError, match="cannot be read: Input/output error"):
+            checkpoints.load()
+    loaded = checkpoints.load()
+    assert loaded is not None and loaded["number"] == 1 and path.exists()

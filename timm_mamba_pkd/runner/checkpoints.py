@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -42,14 +43,11 @@ class Checkpoints:
             leftover.unlink()
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
-        path = self.folder / f"stage{stage}_epoch{epoch:04}_{samples:09}-{digest}.pt"
+        path = self.folder / f"stage{stage}_epoch{epoch:04}_{samples:09}-{_digest(buffer.getbuffer())}.pt"
         try:
             write_file(path, buffer.getbuffer())
         except WriteError as error:
-            last = self.last()
-            kept = "there is no checkpoint before it" if last is None else f"the last good checkpoint is {last}"
-            raise ConfigError(f"checkpoint {error}; {kept}") from error
+            raise ConfigError(f"checkpoint {error}; {self.last_in_words()}") from error
         for old in [old for old in self._all() if old != path][KEPT - 1 :]:
             old.unlink()
         return path
@@ -79,17 +77,26 @@ class Checkpoints:
         """The path of the last checkpoint."""
         return next(iter(self._all()), None)
 
+    def last_in_words(self) -> str:
+        """Where the last checkpoint is, for a message."""
+        last = self.last()
+        return "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint that is not damaged; None if nothing was saved.
 
         Raises:
-            ConfigError: all are damaged.
+            ConfigError: all are damaged, or the last one cannot be read.
         """
         paths = self._all()
         for path in paths:
             try:
-                state = _read(path)
-            except Exception as error:
+                content = path.read_bytes()
+            except OSError as error:  # no damage: it may be readable again
+                raise ConfigError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+            try:
+                state = _verified(content, path)
+            except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 path.rename(path.with_suffix(".damaged"))
                 logger.warning("Checkpoint %s is damaged (%s) and set aside", path, first_line(error))
             else:
@@ -106,17 +113,13 @@ class Checkpoints:
         return sorted(positions, key=lambda path: (positions[path], path.stat().st_mtime_ns), reverse=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _verified(content: bytes, path: Path) -> dict[str, Any]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
-    if _digest(path) != match[4]:
+    if _digest(content) != match[4]:
         raise ValueError("checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -35,7 +35,7 @@ from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.schema import schedule_arguments
 from timm_mamba_pkd.runner.tracking import tracking
-from timm_mamba_pkd.runner.train import Options, train
+from timm_mamba_pkd.runner.train import Options, Trainer
 from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
         if args.log_config:
             logger.info(job.config)
         with explaining(args.torchcompile), tracking(job) as tracker:
-            train(job, run, device, options, estimates, tracker)
+            Trainer(job, run, device, options, estimates, tracker).train()
         with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
             rows = _test(args, job, device, amp)
         if distributed.is_main():
@@ -162,9 +162,7 @@ def _keeping(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except (WriteError, CacheError) as error:
-        last = Checkpoints(run.checkpoints).last()
-        kept = "" if last is None else f"; the last good checkpoint is {last}"
-        raise ConfigError(f"{error}{kept}") from error
+        raise ConfigError(f"{error}; {Checkpoints(run.checkpoints).last_in_words()}") from error
 
 
 def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> None:
@@ -307,9 +305,12 @@ def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.
         for model in (job.teacher, job.student):
             if model is not None:
                 model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    with job.source.locating():
-        by_config = precision_of_config(job.config["train"].get("amp"))
-    return job, precision(args.amp, args.amp_dtype, by_config)
+    amp: torch.dtype | None = None
+    with distributed.failing_together(ConfigError):
+        with job.source.locating():
+            by_config = precision_of_config(job.config["train"].get("amp"))
+        amp = precision(args.amp, args.amp_dtype, by_config)
+    return job, amp
 
 
 def _keep_freed_memory() -> None:

@@ -59,15 +59,10 @@ class Options:
     sync_bn: bool = False
 
 
-def train(
-    job: Job,
-    run: RunFolder,
-    device: torch.device,
-    options: Options,
-    estimates: Sequence[StageEstimate],
-    tracker: Tracker,
-) -> None:
-    """Train every stage of ``job`` and leave checkpoints, metrics and weights in ``run``, from where it had stopped.
+class Trainer:
+    """A run in training: it trains every stage of ``job`` and leaves checkpoints, metrics and weights in ``run``.
+
+    It goes on from where it had stopped.
 
     Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
     stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
@@ -82,11 +77,6 @@ def train(
         Interrupted: a signal came; what was trained is saved.
         ProcessEnded: another process of the run has ended.
     """
-    Trainer(job, run, device, options, estimates, tracker).train()
-
-
-class Trainer:
-    """A run in training: the config's job in torchdistill's box."""
 
     def __init__(
         self,
@@ -198,8 +188,9 @@ class Trainer:
     def _time_left(self) -> str:
         progress, box = self.progress, self.box
         epochs = getattr(box, "stage_end_epoch", box.num_epochs) - progress.epoch
-        steps = epochs * len(Batches(box.train_data_loader)) - progress.steps
-        return time_left(self.estimates, getattr(box, "stage_number", 1), steps, progress.seconds / progress.steps)
+        stage = getattr(box, "stage_number", 1)
+        steps = epochs * self.estimates[stage - 1].steps - progress.steps
+        return time_left(self.estimates, stage, steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
         """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
@@ -249,8 +240,7 @@ class Trainer:
                 which += [f"of rank {rank}"] if distributed.world() > 1 else []
         what = f"the loss became {values[0]} at epoch {progress.epoch + 1}, step {progress.steps + 1}"
         what = " ".join([what, *which])
-        last = distributed.broadcast(self.checkpoints.last())
-        where = f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
+        where = distributed.broadcast(self.checkpoints.last_in_words())
         if self.options.on_nonfinite == "stop":
             raise FloatingPointError(f"{what}; {where}: lower the lr, or pass over it with --on-nonfinite skip")
         progress.skipped += 1
@@ -264,8 +254,7 @@ class Trainer:
     def _save(self, batches: Batches) -> None:
         for name, parameter in self.job.student.named_parameters():
             if not parameter.isfinite().all():
-                last = self.checkpoints.last()
-                where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+                where = self.checkpoints.last_in_words()
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
         state = capture(self.job, self.box, self.progress, batches.random_state())
         state["scaler"] = self.step.scaler.state_dict()
