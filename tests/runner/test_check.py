@@ -287,7 +287,10 @@ def test_a_cache_of_something_else_ends_the_run_in_one_line(progressive, run, er
     meta.write_text(meta.read_text().replace('"seed": 42', '"seed": 43'))
     assert run(progressive, output="again")[0] == 2
     (line,) = errors()
-    assert line == (f"cache {folder} was made from another seed: delete the folder, or choose another cache_dir")
+    assert line == (
+        f"cache {folder} was made from another seed: delete the folder, or choose another cache_dir; "
+        "there is no checkpoint yet"
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--model-ema",)])
