@@ -23,8 +23,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.models import save_weights
-from timm_mamba_pkd.report import count_macs, count_params, read_metrics
+from timm_mamba_pkd.models import count_macs, save_weights
+from timm_mamba_pkd.report import count_params, read_metrics
 
 
 class Evil:

@@ -1,6 +1,6 @@
 """Reports: what a model costs, tables of results, and plots."""
 
-from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency, measure_peak_memory, median_time
+from timm_mamba_pkd.report.cost import count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.report.folder import write_report
 from timm_mamba_pkd.report.metrics import read_metrics
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
@@ -9,7 +9,6 @@ from timm_mamba_pkd.report.table import COLUMNS, Row, read_csv, to_markdown, to_
 __all__ = [
     "COLUMNS",
     "Row",
-    "count_macs",
     "count_params",
     "measure_latency",
     "measure_peak_memory",

@@ -13,8 +13,8 @@ from timm.models import get_model_traits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mamba_pkd.models import WeightsError, load_state, read_weights
-from timm_mamba_pkd.report import count_macs, count_params
+from timm_mamba_pkd.models import WeightsError, count_macs, load_state, read_weights
+from timm_mamba_pkd.report import count_params
 from timm_mamba_pkd.runner.device import find_device, precision
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
