@@ -16,7 +16,8 @@ from timm_mamba_pkd.distillation import RULES
 from timm_mamba_pkd.runner import check as checking
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.check import StageEstimate, check
-from timm_mamba_pkd.runner.config import ConfigError, prepare
+from timm_mamba_pkd.runner.config import prepare
+from timm_mamba_pkd.runner.errors import ConfigError
 
 CPU = torch.device("cpu")
 SIDE = {"forward_proc": "forward_batch_only"}

@@ -23,7 +23,6 @@ from timm_mamba_pkd.deploy import FORMATS, first_students, quantize_onnx, write_
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.report import median_time
-from timm_mamba_pkd.runner.config import Trained, prepare_trained
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
@@ -32,6 +31,7 @@ from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.space import size
 from timm_mamba_pkd.runner.streams import first_samples, public_class
+from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 
 logger = logging.getLogger(__name__)
 
