@@ -148,8 +148,32 @@ def test_missing_packages(capsys, monkeypatch):
         assert capsys.readouterr().err == f"mamba-pkd: error: --format {kind} needs {wanted}\n"
 
 
+def test_packages_that_cannot_be_imported(tmp_path, capsys, monkeypatch):
+    """One line before anything is made; also where a runtime fails only as it opens the file."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_runtime.py").write_text("raise ImportError('numpy.core.multiarray failed\\nto import')")
+    broken = FORMATS["pt2"]._replace(packages=("broken_runtime",))
+    monkeypatch.setitem(FORMATS, "pt2", broken)
+    words = ["export", "mamba_pkd_s1", "--format", "pt2", *SMALL, "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "mamba-pkd: error: --format pt2 needs broken_runtime, whose import fails (numpy.core.multiarray failed): "
+        "install it anew with pip install --force-reinstall broken_runtime\n"
+    )
+
+    def fails(path: Path) -> Any:
+        raise ImportError("no runtime")
+
+    monkeypatch.setitem(FORMATS, "pt2", broken._replace(packages=(), write=lambda *args: None, open=fails))
+    assert main(words) == 2
+    assert capsys.readouterr().err == "mamba-pkd: error: mamba_pkd_s1 cannot be exported as pt2: no runtime\n"
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
-    "mamba_pkd_s8": "unknown model 'mamba_pkd_s8'; known: mamba_pkd_s7, ",
+    "nothing": "nothing is neither a model of timm nor the folder of a run: unknown model 'nothing'; known: ",
+    "mamba_pkd_s8": "mamba_pkd_s8 is neither a model of timm nor the folder of a run: unknown model 'mamba_pkd_s8'; "
+    "known: mamba_pkd_s7, ",
     "nowhere/run": "nowhere/run is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "empty": "empty is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "local-dir:empty": "model local-dir:empty cannot be created: ",
