@@ -148,6 +148,23 @@ def test_only_broken_images(place, capsys):
     assert "12 of 12 images cannot be read" in error and error.endswith("; ...\n")
 
 
+def test_an_image_that_can_be_read_when_it_is_tried_again(place, capsys, monkeypatch):
+    save_weights(model(), "weights.safetensors")
+    convert, calls = Image.Image.convert, []
+
+    def once_broken(image: Image.Image, *args: Any) -> Image.Image:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError("the disk was busy")
+        return convert(image, *args)
+
+    monkeypatch.setattr(Image.Image, "convert", once_broken)
+    assert evaluate("--model", "mamba_pkd_s1", "--checkpoint", "weights.safetensors") == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "class0/2.png of data set 'data' cannot be read (the disk was busy)" in captured.err
+
+
 WRONG = {
     "--model mamba_pkd_s9 --checkpoint w.pt": "unknown model 'mamba_pkd_s9'",
     "--model mamba_pkd_s1": "mamba_pkd_s1 has no weights: name a file by --checkpoint",

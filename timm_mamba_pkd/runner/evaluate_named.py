@@ -1,24 +1,26 @@
 """``mamba-pkd evaluate --model``: any timm model with anybody's checkpoint, on a folder of images."""
 
 import argparse
-from collections.abc import Iterator
+import traceback
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.models import get_model_traits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from timm_mamba_pkd.models import WeightsError, count_macs, load_state, read_weights
 from timm_mamba_pkd.report import count_params
 from timm_mamba_pkd.runner.device import find_device, precision
-from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
+from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
+from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError, all_unreadable
 
 SHOWN = 10  # broken images that are named one by one
 
@@ -40,27 +42,35 @@ def evaluate_named(args: argparse.Namespace) -> None:
     config = resolve_data_config({**vars(args), "input_size": input_size}, model=model, use_test_size=True)
     for name in ("mean", "std"):
         config[name] = adapt_to_chs(config[name], input_size[0])  # as timm's loader does
-    images = _Images(_dataset(args), "RGB" if input_size[0] == 3 else "L", create_transform(**config), input_size)
-    if images.num_classes > model.num_classes:
+    dataset = _dataset(args)
+    mode = "RGB" if input_size[0] == 3 else "L"
+    dataset.transform = transforms.Compose([methodcaller("convert", mode), create_transform(**config)])
+    classes = len(dataset.classes if not hasattr(dataset, "reader") else dataset.reader.class_to_idx)
+    if classes > model.num_classes:
         raise ConfigError(
-            f"--data-root {args.data_root} has {images.num_classes} classes, {args.model} {model.num_classes}: they "
-            "must be the classes that it was trained on"
+            f"--data-root {args.data_root} has {classes} classes, {args.model} {model.num_classes}: they must be the "
+            "classes that it was trained on"
         )
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     macs, topk = count_macs(model, input_size), (1, 5) if model.num_classes >= 5 else (1,)
-    loader = _Loader(images, args.batch_size, args.workers)
-    amp = precision(args.amp, args.amp_dtype)
-    accuracies = evaluate(model.to(device), loader, device, topk, amp, "test")  # pyright: ignore[reportArgumentType]
-    if loader.broken:
-        shown = "; ".join(loader.broken[:SHOWN]) + ("; ..." if len(loader.broken) > SHOWN else "")
+    images = Readable(dataset, args.data_root, training=False)
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    try:
+        accuracies = evaluate(model.to(device), loader, device, topk, precision(args.amp, args.amp_dtype), "test")
+    except UnreadableError as error:
+        traceback.clear_frames(error.__traceback__)  # with the loader's iterator, which ends its workers in order
+        broken = all_unreadable(images, args.workers)
+        if not broken:
+            raise
+        shown = "; ".join(broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
         raise ConfigError(
-            f"{len(loader.broken)} of {len(images)} images cannot be read, so there is no result: repair or remove "
-            f"them: {shown}"
-        )
+            f"{len(broken)} of {len(images)} images cannot be read, so there is no result: repair or remove them: "
+            f"{shown}"
+        ) from error
     found = "  ".join(f"Acc@{k} {value:.2f}" for k, value in zip(topk, accuracies, strict=True))
     size = "x".join(map(str, input_size))
-    print(f"{args.model}: {found}  on {len(images)} images of {images.num_classes} classes")
+    print(f"{args.model}: {found}  on {len(images)} images of {classes} classes")
     print(
         f"{count_params(model) / 1e6:.3g} M parameters, {macs / 1e6:.3g} MMACs; {size}, crop_pct {config['crop_pct']}, "
         f"{config['interpolation']}, mean {_short(config['mean'])}, std {_short(config['std'])}"
@@ -117,63 +127,9 @@ def _dataset(args: argparse.Namespace) -> Any:
             f"--dataset {args.dataset} is not supported: leave it out, or take one of timm's torch/ names"
         )
     try:
-        return create_dataset(args.dataset, str(root), args.split)
+        return create_dataset(args.dataset, str(root), args.split, input_img_mode="")  # as the files are
     except (Exception, SystemExit) as error:  # whatever a data set's constructor raises
         raise ConfigError(f"--data-root {root}: {explain(error)}") from error
-
-
-class _Images(Dataset):
-    """The images and labels of one of timm's data sets; one that cannot be read is zeros, and named.
-
-    timm's own data set takes the next image in the place of a broken one.
-
-    An item is (image float32 (C, H, W), label int, what is wrong str).
-    """
-
-    def __init__(self, dataset: Any, mode: str, transform: Any, size: tuple[int, int, int]) -> None:
-        self.dataset, self.mode, self.transform, self.size = dataset, mode, transform, size
-        self.reader = getattr(dataset, "reader", None)
-        self.num_classes = len(dataset.classes if self.reader is None else self.reader.class_to_idx)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        try:
-            image, label = self._read(index)
-            return self.transform(image.convert(self.mode)), int(label), ""
-        except Exception as error:  # whatever Pillow raises on a broken file
-            return torch.zeros(self.size), 0, f"{self._name(index)} ({first_line(error)})"
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        if self.reader is None:
-            return self.dataset[index]
-        file, label = self.reader[index]
-        with file:
-            image = Image.open(file)
-            image.load()
-        return image, label
-
-    def _name(self, index: int) -> str:
-        if self.reader is not None:
-            return self.reader.filename(index)
-        return str(self.dataset.samples[index][0]) if hasattr(self.dataset, "samples") else f"image {index}"
-
-
-class _Loader:
-    """Batches of (images, labels); ``broken`` names those that could not be read."""
-
-    def __init__(self, images: _Images, batch_size: int, workers: int) -> None:
-        self.batches = DataLoader(images, batch_size, num_workers=workers)
-        self.broken: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, wrong in self.batches:
-            self.broken += [message for message in wrong if message]
-            yield images, labels
 
 
 def _short(values: tuple[float, ...]) -> str:

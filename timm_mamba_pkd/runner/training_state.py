@@ -13,7 +13,8 @@ from timm_mamba_pkd.distributed import gather, rank, world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.models.adaptation import adapt_to
 from timm_mamba_pkd.runner.box import Box, build_box
-from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.random_state import RandomState
 
 
