@@ -1,6 +1,7 @@
 """Checkpoints are whole, verified, and few."""
 
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -152,3 +153,31 @@ def test_what_cannot_be_read_just_now_is_no_damage(checkpoints, monkeypatch):
             checkpoints.load()
     loaded = checkpoints.load()
     assert loaded is not None and loaded["number"] == 1 and path.exists()
+
+
+class Command:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pickle.dumps(Command(), 2), b"hello", b"\x80\x02h\xff.", b"\x80\x02}K\x01s."),
+        b"\x80\x02ccollections\nOrderedDict\nK\x01R.", torch.zeros(2), None, [1],
+    ],
+    ids=["command", "text", "unknown memo", "empty stack", "wrong call", "tensor", "nothing", "list"],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_set_aside(checkpoints, content, monkeypatch, tmp_path):
+    """Its checksum is right all the same."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save(state(1), 1, 1, 100)
+    if not isinstance(content, bytes):
+        file = io.BytesIO()
+        torch.save(content, file)
+        content = file.getvalue()
+    forged = checkpoints.folder / f"stage1_epoch0002_000000100-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    forged.write_bytes(content)
+    loaded = checkpoints.load()
+    assert loaded is not None and loaded["number"] == 1
+    assert forged.with_suffix(".damaged").exists() and not (tmp_path / "executed").exists()

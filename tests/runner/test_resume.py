@@ -14,6 +14,7 @@ from filelock import FileLock
 from torchdistill.core.training import TrainingBox
 
 from timm_mamba_pkd.runner import train as training
+from timm_mamba_pkd.runner.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.fault
 
@@ -234,6 +235,21 @@ def nan_in_call(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
         return loss * float("nan") if calls[0] in numbers else loss
 
     monkeypatch.setattr(TrainingBox, "forward_process", forward_process)
+
+
+@pytest.mark.parametrize("part", ["modules", "progress", "optimizer"])
+def test_a_checkpoint_of_another_version(plain, run, errors, part):
+    _, folder = run(plain)
+    (folder / "results.csv").unlink()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = checkpoints.load()
+    assert state is not None
+    del state[part]
+    checkpoints.save(state, 1, 2, 0)
+    assert run(plain)[0] == 2
+    assert errors() == [
+        f"the checkpoint is of another run, or of another version (KeyError: '{part}'): start anew with --fresh"
+    ]
 
 
 def test_two_runs_in_one_folder(plain, run, signal_at, errors, capsys):

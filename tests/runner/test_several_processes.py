@@ -208,6 +208,44 @@ def test_an_error_is_said_once(together, config, progressive, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_of_one_process_in_its_first_batch(together, config, progressive, tmp_path):
+    """The other's check goes further by then."""
+    (tmp_path / "poisoned.py").write_text(
+        "import os\n"
+        "from torchvision.datasets import FakeData\n"
+        "class Poisoned(FakeData):\n"
+        "    def __getitem__(self, index):\n"
+        "        image, label = super().__getitem__(index)\n"
+        "        return image * float('nan') if os.environ['RANK'] == '1' else image, label\n"
+    )
+    progressive["datasets"]["fake/train"]["key"] = "poisoned.Poisoned"
+    codes, outputs, _ = together(config())
+    assert codes == [2, 2]
+    assert outputs[1] == "", outputs
+    (line,) = [line for line in outputs[0].splitlines() if "mamba-pkd: error" in line]
+    assert line.startswith("mamba-pkd: error: on rank 1: config ") and "the loss of the first batch is nan" in line
+
+
+def test_broken_images_of_all_processes_count(together, config, progressive, tmp_path):
+    """Each meets fewer than the ten that are allowed, both more."""
+    (tmp_path / "broken.py").write_text(
+        "from torchvision.datasets import FakeData\n"
+        "class Broken(FakeData):\n"
+        "    def __getitem__(self, index):\n"
+        "        if index in (0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23):\n"
+        "            raise OSError('broken')\n"
+        "        return super().__getitem__(index)\n"
+    )
+    progressive["datasets"]["fake/train"]["key"] = "broken.Broken"
+    sampler = progressive["train"]["init"]["kwargs"]["val_data_loader"]["sampler"]
+    progressive["train"]["init"]["kwargs"]["train_data_loader"]["sampler"] = sampler  # in order
+    codes, outputs, _ = together(config())
+    assert codes == [2, 2]
+    (line,) = [line for line in outputs[0].splitlines() if "error" in line]
+    assert line.startswith("mamba-pkd: error: 12 of 24 samples of data set 'fake/train' cannot be read")
+    assert "error" not in outputs[1] and not (tmp_path / "run" / "weights").exists()
+
+
 def test_torchrun(plain, write, tmp_path):
     """The real one: a run, then one of a config that is wrong."""
     plain["train"]["train_data_loader"]["kwargs"]["batch_size"] = 4

@@ -21,16 +21,18 @@ def log(metrics, step=None):
         raise ConnectionError("gone")
 def finish():
     write("finish")
+    raise ConnectionError("gone")
 """
 
 
 @pytest.fixture
 def tracked(tmp_path, monkeypatch) -> Path:
-    """A `trackio` that writes down how it was called."""
+    """A `trackio` and a `wandb` that write down how they were called."""
     (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "trackio.py").write_text(FAKE.format(path=str(tmp_path / "calls")))
+    for engine in ("trackio", "wandb"):
+        (tmp_path / "packages" / f"{engine}.py").write_text(FAKE.format(path=str(tmp_path / "calls")))
+        monkeypatch.delitem(__import__("sys").modules, engine, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.delitem(__import__("sys").modules, "trackio", raising=False)
     return tmp_path / "calls"
 
 
@@ -47,7 +49,8 @@ def test_every_epoch(tracked, plain, run):
         _, metrics, step = calls[1 + epoch]
         assert step == metrics["epoch"] == epoch
         assert (metrics["train/loss"], metrics["val/acc1"]) == (record["loss"], record["val_top1"])
-    assert "The tracker trackio did not take epoch 1: gone" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "The tracker trackio did not take epoch 1: gone" in log and "trackio did not finish: gone" in log
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,12 @@ def test_a_tracker_that_does_not_start(tracked, plain, run, errors):
     plain["tracker"] = {"engine": "trackio", "kwargs": {"project": "broken"}}
     assert run(plain)[0] == 2
     assert errors()[0].endswith("the tracker cannot be started: RuntimeError: not logged in")
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "run"), ({"dir": "other"}, "other")])
+def test_wandb_writes_into_the_run(tracked, plain, run, tmp_path, monkeypatch, given, used):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    plain["tracker"] = {"engine": "wandb", "kwargs": {"project": "p", **given}}
+    assert run(plain)[0] == 0
+    start = json.loads(tracked.read_text().splitlines()[0])[1]
+    assert start["dir"] == (str(tmp_path / used) if used == "run" else used) and start["project"] == "p"

@@ -47,7 +47,9 @@ class Point:
     macs: float
 
 
-def trade_off(sure: Tensor, classes: Tensor, targets: Tensor, step_macs: Sequence[int], most: int = 1000) -> list[Point]:
+def trade_off(
+    sure: Tensor, classes: Tensor, targets: Tensor, step_macs: Sequence[int], most: int = 1000
+) -> list[Point]:
     """Cascades from the cheapest to the one in which nobody leaves early.
 
     All students share one threshold of the calibrated confidence. With a threshold for each the samples would have to

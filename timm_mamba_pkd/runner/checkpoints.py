@@ -4,7 +4,6 @@ import hashlib
 import io
 import logging
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -96,7 +95,7 @@ class Checkpoints:
                 raise ConfigError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
             try:
                 state = _verified(content, path)
-            except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except ValueError as error:
                 path.rename(path.with_suffix(".damaged"))
                 logger.warning("Checkpoint %s is damaged (%s) and set aside", path, first_line(error))
             else:
@@ -118,7 +117,15 @@ def _verified(content: bytes, path: Path) -> dict[str, Any]:
     assert match is not None
     if _digest(content) != match[4]:
         raise ValueError("checksum")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a hostile pickle provokes any
+        raise ValueError(f"no plain data: {first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError("no checkpoint")
+    return state
 
 
 def _digest(content: bytes | memoryview) -> str:

@@ -138,7 +138,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
     with log, _keeping(run):
         if args.log_config:
             logger.info(job.config)
-        with explaining(args.torchcompile), tracking(job) as tracker:
+        with explaining(args.torchcompile), tracking(job, run.path) as tracker:
             Trainer(job, run, device, options, estimates, tracker).train()
         with torch.compiler.set_stance("force_eager"):  # the table's times and costs are those of eager models
             rows = _test(args, job, device, amp)

@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torchdistill.misc.log import TrainingTracker, setup_tracker
 
-from timm_mamba_pkd.distributed import is_main
+from timm_mamba_pkd.distributed import failing_together, is_main
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 
@@ -49,23 +51,30 @@ def require_tracker(job: Job) -> None:
 
 
 @contextmanager
-def tracking(job: Job) -> Iterator[Tracker]:
+def tracking(job: Job, folder: Path) -> Iterator[Tracker]:
     """The tracker of a config, which is finished when the context ends; rank 0 alone has it.
+
+    wandb's own files go to ``folder``, unless its ``dir`` or WANDB_DIR names another.
 
     Raises:
         ConfigError: it cannot be started.
     """
     shown = {name: job.config[name] for name in ("models", "train", "test")}  # data sets are objects, not text
-    if not is_main():
-        yield Tracker(None)
-        return
-    with job.source.locating():
+    chosen = job.config.get("tracker")
+    if chosen and chosen.get("engine") == "wandb" and "WANDB_DIR" not in os.environ:
+        chosen = {**chosen, "kwargs": {"dir": str(folder), **(chosen.get("kwargs") or {})}}
+    tracker: TrainingTracker | None = None
+    with failing_together(ConfigError), job.source.locating():
         try:
-            tracker = setup_tracker(job.config.get("tracker"), json.loads(json.dumps(shown, default=str)))
+            if is_main():
+                tracker = setup_tracker(chosen, json.loads(json.dumps(shown, default=str)))
         except Exception as error:
             raise ConfigError(f"the tracker cannot be started: {explain(error)}", at=("tracker",)) from error
     try:
         yield Tracker(tracker)
     finally:
         if tracker is not None:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning("The tracker %s did not finish: %s", tracker.engine, error)

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.device import autocast
-from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.record import describe_start
@@ -32,8 +33,8 @@ from timm_mamba_pkd.runner.step import Step
 from timm_mamba_pkd.runner.streams import start_epoch
 from timm_mamba_pkd.runner.time_left import time_left
 from timm_mamba_pkd.runner.tracking import Tracker
-from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors
-from timm_mamba_pkd.runner.unreadable import reporting
+from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors, with_others
+from timm_mamba_pkd.runner.unreadable import reporting, share_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -99,18 +100,20 @@ class Trainer:
         with distributed.failing_together(ConfigError):
             self._resumed = self.checkpoints.load() if distributed.is_main() else None
         self._resumed = distributed.broadcast(self._resumed)
-        self._replays = self._resumed is None or take_own(self._resumed)
         self._stops = self._is_due = False  # what all processes agreed on in the present step
         self.step = Step(device, options.amp)
         self.average: WeightAverage | None = None
         self.box: Any
+        self._replays = True
         if self._resumed is None and run.metrics.exists():
             logger.warning("The run in %s has no checkpoint: it starts from the beginning", run.path)
         if self._resumed is None:
             self.box, self.progress = build_box(job, device), Progress()
         else:
-            self.box, self.progress = restore(self._resumed, job, device)
-            self.step.scaler.load_state_dict(self._resumed["scaler"])
+            with distributed.failing_together(ConfigError), _explaining_checkpoint():
+                self._replays = take_own(self._resumed)
+                self.box, self.progress = restore(self._resumed, job, device)
+                self.step.scaler.load_state_dict(self._resumed["scaler"])
         if distributed.is_main():
             last = None if self._resumed is None else self.checkpoints.last()
             run.note_start(describe_start(device, None if last is None else last.name))
@@ -159,6 +162,7 @@ class Trainer:
             batches.set_random_state(progress.start)
         with interrupts.deferring():
             self._train_steps(batches, after)
+            share_unreadable(self.job.datasets)
             # Batch norms, and their averages, have seen each process's own batches.
             averages = [] if self.average is None else self.average.state_dict()["weights"].values()
             distributed.broadcast_tensors([*tensors(self.job, self.box), *averages])
@@ -257,7 +261,7 @@ class Trainer:
             if not parameter.isfinite().all():
                 where = self.checkpoints.last_in_words()
                 raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
-        state = capture(self.job, self.box, self.progress, batches.random_state())
+        state = with_others(capture(self.job, self.box, self.progress, batches.random_state()))
         state["scaler"] = self.step.scaler.state_dict()
         state["average"] = None if self.average is None else self.average.state_dict()
         stage, progress = state["stage"], self.progress
@@ -342,6 +346,20 @@ def _save_weights(model: nn.Module, box: Box, run: RunFolder) -> None:
         if wrapper.rule.state_dict():
             save_weights(wrapper.rule, run.weights("rule"))
     save_weights(model, run.weights("ensemble"))
+
+
+@contextmanager
+def _explaining_checkpoint() -> Iterator[None]:
+    """A checkpoint that does not fit the run in this context is a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"the checkpoint is of another run, or of another version ({reason}): start anew with --fresh"
+        ) from error
 
 
 def _keep_logits_in_float32(job: Job) -> None:

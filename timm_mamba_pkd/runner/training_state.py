@@ -55,13 +55,10 @@ class Progress:
 
 
 def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[str, Any]:
-    """The state of a run between two steps; ``now`` is that of its random generators.
-
-    It is this process's, and under ``others`` what those of rank 1, 2, ... have of their own.
-    """
+    """This process's state of a run between two steps; ``now`` is that of its random generators."""
     optimizer, scheduler = box.optimizer, box.lr_scheduler
     accumulating = box.stage_grad_count % box.grad_accum_step != 0
-    state = {
+    return {
         "progress": dataclasses.asdict(progress),
         "random": now,
         "stage": getattr(box, "stage_number", 1),
@@ -74,6 +71,10 @@ def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[st
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "stage_grad_count": box.stage_grad_count,
     }
+
+
+def with_others(state: dict[str, Any]) -> dict[str, Any]:
+    """A captured state with what rank 1, 2, ... have of their own, under ``others``."""
     return {**state, "others": gather(_own(state))[1:]}
 
 

@@ -11,6 +11,7 @@ from timm.data import ImageDataset
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
 from timm_mamba_pkd.distillation.views import seeded
+from timm_mamba_pkd.distributed import failing_together, gather, world
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.progress import progress
 
@@ -83,7 +84,7 @@ class Readable(Dataset):
         if not self._news:
             return
         self._news.fill_(False)
-        for index in self._unreadable.nonzero().flatten().tolist():
+        for index in self.unreadable:
             if index not in self._reported:
                 self._reported.add(index)
                 logger.warning(
@@ -101,6 +102,25 @@ class Readable(Dataset):
         except Exception as error:
             return say(error)
         return ""
+
+    @property
+    def unreadable(self) -> list[int]:
+        """The samples that are known as unreadable."""
+        return self._unreadable.nonzero().flatten().tolist()
+
+    def note_others(self, indices: Iterable[int]) -> None:
+        """Count what other processes could not read, and have named.
+
+        Raises:
+            UnreadableError: they are too many now.
+        """
+        self._reported.update(indices)
+        self._unreadable[list(indices)] = True
+        if (count := len(self.unreadable)) > self.limit:
+            raise UnreadableError(
+                f"{count} of {len(self)} samples of data set '{self.name}' cannot be read: repair them, or take them "
+                "out of the data set"
+            )
 
     def _next(self, index: int, error: Exception) -> Any:
         """The first readable sample after ``index``, which gave ``error``."""
@@ -160,6 +180,17 @@ class _Reasons(Dataset):
     def __getitem__(self, index: int) -> str:
         reason = self.dataset.reason(index)
         return f"{file_of(self.dataset.dataset, index)} ({reason})" if reason else ""
+
+
+def share_unreadable(datasets: dict[str, Any]) -> None:
+    """Have all processes count what any of them could not read in training; an error in all if it is too much."""
+    if world() == 1:
+        return
+    own = {name: data.unreadable for name, data in datasets.items() if isinstance(data, Readable) and data.training}
+    everyones = gather(own)
+    with failing_together(ConfigError):
+        for name in own:
+            datasets[name].note_others(sorted({index for found in everyones for index in found[name]}))
 
 
 class _RaisingImageDataset(ImageDataset):
