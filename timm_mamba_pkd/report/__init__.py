@@ -4,11 +4,18 @@ from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency
 from timm_mamba_pkd.report.folder import write_report
 from timm_mamba_pkd.report.metrics import read_metrics
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
+from timm_mamba_pkd.report.selection import Candidate, Constraints, Selection, Table, Verdict, Violation
 from timm_mamba_pkd.report.table import COLUMNS, Row, read_csv, to_markdown, to_text, write_csv
 
 __all__ = [
     "COLUMNS",
+    "Candidate",
+    "Constraints",
     "Row",
+    "Selection",
+    "Table",
+    "Verdict",
+    "Violation",
     "count_macs",
     "count_params",
     "measure_latency",
