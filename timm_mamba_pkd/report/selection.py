@@ -273,7 +273,9 @@ class Table:
         verdicts = [self._verdict(i, violations[i], front) for i in range(len(self.candidates))]
         nearest = None
         if best is None:
-            nearest = min(self.by_cost, key=lambda i: (violations[i][0].relative, sum(v.relative for v in violations[i])))
+            nearest = min(
+                self.by_cost, key=lambda i: (violations[i][0].relative, sum(v.relative for v in violations[i]))
+            )
         return Selection(verdicts, front, nearest)
 
     def _verdict(self, i: int, violations: tuple[Violation, ...], front: list[int]) -> Verdict:

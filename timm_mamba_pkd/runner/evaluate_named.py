@@ -31,33 +31,15 @@ def evaluate_named(args: argparse.Namespace) -> None:
             labels that the model does not have, images that cannot be read.
     """
     device = find_device(args.device)
-    model, input_size = _model(args)
-    if input_size[0] not in (1, 3):
-        raise ConfigError(f"{args.model} takes images of {input_size[0]} channels, but files have 1 or 3")
-    for flag in ("mean", "std"):
-        if getattr(args, flag) is not None and len(getattr(args, flag)) not in (1, input_size[0]):
-            raise ConfigError(f"--{flag} must be one number, or {input_size[0]}, one for each channel")
-    config = resolve_data_config({**vars(args), "input_size": input_size}, model=model, use_test_size=True)
-    for name in ("mean", "std"):
-        config[name] = adapt_to_chs(config[name], input_size[0])  # as timm's loader does
-    images = _Images(_dataset(args), "RGB" if input_size[0] == 3 else "L", create_transform(**config), input_size)
-    if images.num_classes > model.num_classes:
-        raise ConfigError(
-            f"--data-root {args.data_root} has {images.num_classes} classes, {args.model} {model.num_classes}: they "
-            "must be the classes that it was trained on"
-        )
+    model, input_size = load_named(args)
+    images, config = labelled_images(args, model, input_size)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     macs, topk = count_macs(model, input_size), (1, 5) if model.num_classes >= 5 else (1,)
-    loader = _Loader(images, args.batch_size, args.workers)
+    loader = ImageLoader(images, args.batch_size, args.workers)
     amp = precision(args.amp, args.amp_dtype)
     accuracies = evaluate(model.to(device), loader, device, topk, amp, "test")  # pyright: ignore[reportArgumentType]
-    if loader.broken:
-        shown = "; ".join(loader.broken[:SHOWN]) + ("; ..." if len(loader.broken) > SHOWN else "")
-        raise ConfigError(
-            f"{len(loader.broken)} of {len(images)} images cannot be read, so there is no result: repair or remove "
-            f"them: {shown}"
-        )
+    loader.require_all_readable()
     found = "  ".join(f"Acc@{k} {value:.2f}" for k, value in zip(topk, accuracies, strict=True))
     size = "x".join(map(str, input_size))
     print(f"{args.model}: {found}  on {len(images)} images of {images.num_classes} classes")
@@ -67,7 +49,28 @@ def evaluate_named(args: argparse.Namespace) -> None:
     )
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
+def labelled_images(
+    args: argparse.Namespace, model: Any, input_size: tuple[int, int, int]
+) -> tuple["LabelledImages", dict[str, Any]]:
+    """The images that the flags name, as timm transforms them for ``model``, and timm's data config."""
+    if input_size[0] not in (1, 3):
+        raise ConfigError(f"{args.model} takes images of {input_size[0]} channels, but files have 1 or 3")
+    for flag in ("mean", "std"):
+        if getattr(args, flag) is not None and len(getattr(args, flag)) not in (1, input_size[0]):
+            raise ConfigError(f"--{flag} must be one number, or {input_size[0]}, one for each channel")
+    config = resolve_data_config({**vars(args), "input_size": input_size}, model=model, use_test_size=True)
+    for name in ("mean", "std"):
+        config[name] = adapt_to_chs(config[name], input_size[0])  # as timm's loader does
+    images = LabelledImages(open_images(args), create_transform(**config), input_size)
+    if images.num_classes > model.num_classes:
+        raise ConfigError(
+            f"--data-root {args.data_root} has {images.num_classes} classes, {args.model} {model.num_classes}: they "
+            "must be the classes that it was trained on"
+        )
+    return images, config
+
+
+def load_named(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
     """The model with its weights. What is not given, the checkpoint's first convolution and classifier say."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     if ":" in args.model:
@@ -106,7 +109,8 @@ def _sizes(model: Any, state: dict[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _dataset(args: argparse.Namespace) -> Any:
+def open_images(args: argparse.Namespace) -> Any:
+    """The data set that ``--data-root``, ``--dataset`` and ``--split`` name, without a transform."""
     if args.data_root is None:
         raise ConfigError("--model needs images: name their folder by --data-root")
     root = Path(args.data_root).expanduser()
@@ -122,7 +126,7 @@ def _dataset(args: argparse.Namespace) -> Any:
         raise ConfigError(f"--data-root {root}: {explain(error)}") from error
 
 
-class _Images(Dataset):
+class LabelledImages(Dataset):
     """The images and labels of one of timm's data sets; one that cannot be read is zeros, and named.
 
     timm's own data set takes the next image in the place of a broken one.
@@ -130,8 +134,9 @@ class _Images(Dataset):
     An item is (image float32 (C, H, W), label int, what is wrong str).
     """
 
-    def __init__(self, dataset: Any, mode: str, transform: Any, size: tuple[int, int, int]) -> None:
-        self.dataset, self.mode, self.transform, self.size = dataset, mode, transform, size
+    def __init__(self, dataset: Any, transform: Any, size: tuple[int, int, int]) -> None:
+        self.dataset, self.transform, self.size = dataset, transform, size
+        self.mode = "RGB" if size[0] == 3 else "L"
         self.reader = getattr(dataset, "reader", None)
         self.num_classes = len(dataset.classes if self.reader is None else self.reader.class_to_idx)
 
@@ -160,10 +165,11 @@ class _Images(Dataset):
         return str(self.dataset.samples[index][0]) if hasattr(self.dataset, "samples") else f"image {index}"
 
 
-class _Loader:
+class ImageLoader:
     """Batches of (images, labels); ``broken`` names those that could not be read."""
 
-    def __init__(self, images: _Images, batch_size: int, workers: int) -> None:
+    def __init__(self, images: LabelledImages, batch_size: int, workers: int) -> None:
+        self.images = images
         self.batches = DataLoader(images, batch_size, num_workers=workers)
         self.broken: list[str] = []
 
@@ -174,6 +180,15 @@ class _Loader:
         for images, labels, wrong in self.batches:
             self.broken += [message for message in wrong if message]
             yield images, labels
+
+    def require_all_readable(self) -> None:
+        """Raise a ConfigError that names the images which could not be read, if there are any."""
+        if self.broken:
+            shown = "; ".join(self.broken[:SHOWN]) + ("; ..." if len(self.broken) > SHOWN else "")
+            raise ConfigError(
+                f"{len(self.broken)} of {len(self.images)} images cannot be read, so there is no result: repair or "
+                f"remove them: {shown}"
+            )
 
 
 def _short(values: tuple[float, ...]) -> str:
