@@ -143,12 +143,8 @@ def _selection_figure(document: Mapping[str, Any]) -> Figure:
         axes.plot(macs, top1, "o", color=_GREY, markersize=4, alpha=0.5, label="dropped")
     if front:
         macs, top1 = [candidate["macs"] for candidate in front], [candidate["accuracy"] for candidate in front]
-        lengths = [
-            [max(0.0, sign * (candidate["accuracy"] - candidate["interval"][end])) for candidate in front]
-            for end, sign in ((0, 1), (1, -1))
-        ]
-        share = f"{100 * document['bootstrap']['confidence']:g} % interval"
-        axes.errorbar(macs, top1, lengths, fmt="o", color=_BLUE, markersize=7, capsize=3, label=f"front, {share}")
+        axes.plot(macs, top1, "o", color=_BLUE, markersize=7, label="front, with intervals")
+        axes.vlines(macs, *zip(*(candidate["interval"] for candidate in front), strict=True), color=_BLUE, alpha=0.3)
         names = [candidate["name"] for candidate in front]
         labels = [_label(axes, (x, y), name, _BLUE) for name, x, y in zip(names, macs, top1, strict=True)]
     limit = document["constraints"].get("max_macs")

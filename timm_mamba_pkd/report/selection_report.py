@@ -29,8 +29,9 @@ def describe_selection(
 
     Returns:
         ``candidates``, the cheapest first, each with its measurements, "status" and "reason"; "pareto" and "same_as"
-        (positions of the cheaper ones that predict the same) are what other constraints need. ``front`` are names, the
-        cheapest first, ``nearest_miss`` is a name with the constraints it breaks, or None.
+        (positions of the cheaper ones that predict the same) are what other constraints need; "against_best" is the
+        interval of its accuracy minus that of ``most_accurate`` on the front. ``front`` are names, the cheapest first,
+        ``nearest_miss`` is a name with the constraints it breaks, or None.
     """
     selection = table.select(constraints)
     order = table.by_cost
@@ -63,6 +64,7 @@ def describe_selection(
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": table.seed},
         "units": UNITS,
         "front": [table.candidates[i].name for i in selection.front],
+        "most_accurate": None if best is None else table.candidates[best].name,
         "nearest_miss": None
         if nearest is None
         else {
