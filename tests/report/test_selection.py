@@ -19,32 +19,6 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(module, "RESAMPLES", 200)
 
 
-def random_table(seed: int, min_disagreement: float | None = None) -> Table:
-    """Up to 12 candidates on up to 120 samples of 3 classes, with ties in costs and in predictions."""
-    choose = random.Random(seed)
-    count = choose.choice([1, 2, 7, 40, 120])
-    targets = torch.tensor([choose.randrange(3) for _ in range(count)])
-    candidates: list[Candidate] = []
-    for i in range(choose.randint(1, 12)):
-        if candidates and choose.random() < 0.5:
-            predictions = choose.choice(candidates).predictions.clone()
-            for _ in range(choose.randint(0, 3)):
-                predictions[choose.randrange(count)] = choose.randrange(3)
-        else:
-            skill = choose.random()
-            predictions = [int(t) if choose.random() < skill else choose.randrange(3) for t in targets]
-        costs = [choose.choice([1, 2, 3, choose.uniform(0.5, 4)]) for _ in module.COSTS]
-        candidates.append(Candidate(f"c{i}", "model", *costs, predictions=torch.as_tensor(predictions)))
-    if min_disagreement is None:
-        min_disagreement = choose.choice([0, 1, 3, 10, 100])
-    return Table(candidates, targets, min_disagreement, seed)
-
-
-def random_constraints(choose: random.Random) -> Constraints:
-    limits = {name: choose.uniform(0.6, 4) if name != "min_accuracy" else choose.uniform(0, 90) for name in NAMES}
-    return Constraints(**{name: limit for name, limit in limits.items() if choose.random() < 0.4})
-
-
 def tighter(constraints: Constraints, choose: random.Random) -> Constraints:
     limits = {name: getattr(constraints, name) for name in NAMES}
     name = choose.choice(NAMES)
@@ -71,7 +45,7 @@ def keeps(table: Table, i: int, constraints: Constraints) -> bool:
 
 
 @pytest.mark.parametrize("seed", CASES)
-def test_without_redundancy_it_is_brute_force(seed):
+def test_without_redundancy_it_is_brute_force(seed, random_table, random_constraints):
     """Those that keep the constraints and that no other such candidate dominates."""
     table, constraints = random_table(seed, min_disagreement=0), random_constraints(random.Random(seed))
     feasible = [i for i in range(len(table.candidates)) if keeps(table, i, constraints)]
@@ -90,7 +64,7 @@ def test_without_redundancy_it_is_brute_force(seed):
 
 
 @pytest.mark.parametrize("seed", CASES)
-def test_what_is_redundant(seed):
+def test_what_is_redundant(seed, random_table, random_constraints):
     """The same front as by going through all subsets' one rule: kept unless a kept, cheaper one predicts the same."""
     table, constraints = random_table(seed), random_constraints(random.Random(seed))
     selection = table.select(constraints)
@@ -122,7 +96,7 @@ def test_what_is_redundant(seed):
 
 
 @pytest.mark.parametrize("seed", CASES)
-def test_a_tighter_constraint_never_gives_a_better_accuracy(seed):
+def test_a_tighter_constraint_never_gives_a_better_accuracy(seed, random_table):
     table, choose = random_table(seed), random.Random(seed)
     constraints, best = Constraints(), math.inf
     for _ in range(6):
@@ -135,7 +109,7 @@ def test_a_tighter_constraint_never_gives_a_better_accuracy(seed):
 
 
 @pytest.mark.parametrize("seed", CASES)
-def test_reasons(seed):
+def test_reasons(seed, random_table, random_constraints):
     """Who is dropped is told for whom or for what, and the nearest miss is that of brute force."""
     table, constraints = random_table(seed), random_constraints(random.Random(seed))
     selection = table.select(constraints)

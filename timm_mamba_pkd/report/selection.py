@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from timm_mamba_pkd.report.table import significant
+
 COSTS = ("macs", "params", "memory", "latency")
 UNITS = {"accuracy": "%", "macs": "M", "params": "M", "memory": "MiB", "latency": "ms"}
 LATENCY_NOISE = 0.1  # share by which two latencies may differ and still count as equal in `Table.same_as`
@@ -98,7 +100,7 @@ class Violation:
         side = "below" if self.constraint.startswith("min") else "above"
         return (
             f"{quantity} {self.value:.4g} {UNITS[quantity]} is {side} --{self.constraint.replace('_', '-')} "
-            f"{self.limit:g} (by {100 * self.relative:.3g} %)"
+            f"{self.limit:g} by {significant(100 * self.relative)} %"
         )
 
 
