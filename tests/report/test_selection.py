@@ -82,9 +82,7 @@ def test_what_is_redundant(seed, random_table, random_constraints):
                 a != b for a, b in zip(table.candidates[i].predictions, table.candidates[j].predictions, strict=True)
             )
             costs, limits = table.candidates[i].costs, table.candidates[j].costs
-            cheaper = (*costs, table.candidates[i].name) < (*limits, table.candidates[j].name) and all(
-                a <= b for a, b in zip(costs[:3], limits[:3], strict=True)
-            )
+            cheaper = (*costs, i) < (*limits, j) and all(a <= b for a, b in zip(costs[:3], limits[:3], strict=True))
             if cheaper and costs[3] <= 1.1 * limits[3] and 100 * differ / len(table.targets) < table.min_disagreement:
                 better = table.difference(j, i)[0] > 0
                 same += [] if better else [i]

@@ -203,9 +203,8 @@ class Table:
 
     @cached_property
     def by_cost(self) -> list[int]:
-        """Positions, the cheapest first: fewest MACs, then parameters, memory, latency, name."""
-        found = self.candidates
-        return sorted(range(len(found)), key=lambda i: (*found[i].costs, found[i].name))
+        """Positions, the cheapest first: fewest MACs, then parameters, memory, latency, then in the order given."""
+        return sorted(range(len(self.candidates)), key=lambda i: self.candidates[i].costs)
 
     def dominates(self, i: int, j: int) -> bool:
         """Whether ``i`` is as accurate as ``j`` or more and costs no more of anything, and is better in something."""

@@ -132,7 +132,10 @@ def _members_of_run(run: RunFolder, args: argparse.Namespace, teachers: list[str
 
 
 def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Samples) -> Iterator[Member]:
-    """Each student alone and the ensemble after k students for every k, of those that are trained."""
+    """Each student alone and the ensemble after k students for every k, of those that are trained.
+
+    The mean of one student is that student, so it is no candidate of its own.
+    """
     positions = ensemble.active_positions
     for i in positions:
         name = ensemble.names[i]
@@ -143,7 +146,7 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
         how = _export(name, "--checkpoint", str(weights), "--config", str(run.config))
         yield Member(name, "student", ensemble.alone(i), samples, how)
     if positions == list(range(len(positions))):
-        for k in range(1, 1 + len(positions)):
+        for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):
             how = _export(str(run.path), "--students", str(k))
             yield Member(f"ensemble_{k}", "ensemble", ensemble.first(k), samples, how)
 

@@ -32,7 +32,7 @@ from timm_mamba_pkd.runner.named import try_image
 from timm_mamba_pkd.runner.pool import Member, Samples, gather
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
-from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
 
 ROUNDS, REPEATS = 5, 10  # of timing: each round times every candidate
 
@@ -58,14 +58,14 @@ def run_select(args: argparse.Namespace) -> None:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} exists already: choose another --output, or move it away")
     pool = gather(args)
-    make_folder(folder)
-    table = _measure(pool, device, args)
-    if propose is not None:
-        pool = [*pool, *_proposed(propose, pool, table, args)]
+    with new_folder(folder):
         table = _measure(pool, device, args)
-    about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None)}
-    document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
-    write_selection(document, folder)
+        if propose is not None:
+            pool = [*pool, *_proposed(propose, pool, table, args)]
+            table = _measure(pool, device, args)
+        about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None)}
+        document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
+        write_selection(document, folder)
     print(selection_to_text(document), end="")
     print(f"\nTable, plot and page: {folder}")
 
