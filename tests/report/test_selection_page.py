@@ -130,7 +130,7 @@ def test_what_a_user_does(tmp_path, random_table, dark):
     assert found["invalid"] == "true"
     assert found["accuracy"] == [100, "100"] and found["lower"]
     assert found["summary"].startswith("Nothing keeps the constraints. The nearest miss: ")
-    assert "below --min-accuracy 100 by " in found["summary"]
+    assert "2.5 points below --min-accuracy 100" in found["summary"]
     assert found["axis name"] == "Latency at batch size 1 (ms)" and found["before"] != found["after"]
     assert found["told"].startswith(found["focused"])
     assert (tmp_path / "page.png").stat().st_size > 10_000

@@ -96,12 +96,10 @@ class Violation:
     relative: float
 
     def __str__(self) -> str:
-        quantity = self.constraint[4:]
-        side = "below" if self.constraint.startswith("min") else "above"
-        return (
-            f"{quantity} {self.value:.4g} {UNITS[quantity]} is {side} --{self.constraint.replace('_', '-')} "
-            f"{self.limit:g} by {significant(100 * self.relative)} %"
-        )
+        flag = f"--{self.constraint.replace('_', '-')} {self.limit:g}"
+        if self.constraint == "min_accuracy":
+            return f"{significant(self.limit - self.value)} points below {flag}"
+        return f"{significant(100 * self.relative)} % above {flag}"
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def _members_of_run(run: RunFolder, args: argparse.Namespace, teachers: list[str
         members.append(Member(_name_of_teacher(teacher[1]), "teacher", teacher[0], samples, teacher[1]))
     if isinstance(trained.model, MambaPKDEnsemble):
         return members + list(_members_of_ensemble(run, trained.model, samples))
-    return [*members, Member(trained.name, "student", trained.model, samples, _export(str(run.path)))]
+    kind = "model" if child(child(source.root, "models"), "teacher_model") is None else "student"
+    return [*members, Member(trained.name, kind, trained.model, samples, _export(str(run.path)))]
 
 
 def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Samples) -> Iterator[Member]:
