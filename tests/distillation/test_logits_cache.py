@@ -1,10 +1,8 @@
 """Cached logits are the computed ones, rounded to float16, whatever happened to the folder."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -12,80 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_cache import CLASSES, SAMPLES, VIEWS, Data, Model, epoch_through, open_cache, run, the_folder, views_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from timm_mamba_pkd.distillation import CacheError
-from timm_mamba_pkd.distillation.logits_cache import CachedModel, LogitsCache, cache_bytes
-from timm_mamba_pkd.distillation.views import Views
-
-SAMPLES, CLASSES, VIEWS = 23, 4, 2
-
-
-class Data(Dataset):
-    """Images with noise of the strength ``noise`` as augmentation."""
-
-    def __init__(self, noise: float = 0.1) -> None:
-        self.images = torch.randn(SAMPLES, 1, 3, 3, generator=torch.Generator().manual_seed(5))
-        self.noise = noise
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index] + self.noise * torch.randn(1, 3, 3), index % CLASSES
-
-
-class Model(nn.Module):
-    """A small classifier that counts the images it sees."""
-
-    def __init__(self, seed: int = 0, scale: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(9, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
-        self.scale = scale
-        self.seen = 0
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
-        return self.scale * self.body(x)
-
-
-def views_of(data: Data | None = None, **kwargs: Any) -> Views:
-    return Views(data or Data(), **{"num_views": VIEWS, **kwargs})
-
-
-def open_cache(root: Path, model: nn.Module, views: Views, precision: str = "float32") -> LogitsCache:
-    return LogitsCache(root, model, views, CLASSES, precision, "teacher")
-
-
-def epoch_through(cache: LogitsCache, views: Views, epoch: int = 0, **loading: Any) -> dict[int, Tensor]:
-    """Logits by index of one epoch; each batch against the model itself."""
-    views.set_epoch(epoch)
-    found: dict[int, Tensor] = {}
-    for images, _, supp_dict in DataLoader(views, **{"batch_size": 5, "shuffle": True, **loading}):
-        logits = cache.logits(images, supp_dict)
-        assert logits.dtype == torch.float32 and not logits.requires_grad
-        truth = cache.model.scale * cache.model.body(images)  # pyright: ignore[reportCallIssue]
-        torch.testing.assert_close(logits, truth.half().float(), rtol=2e-3, atol=1e-6)
-        found |= dict(zip(supp_dict["index"].tolist(), logits, strict=True))
-    return found
-
-
-def run(root: Path, model: Model, views: Views, epochs: int = VIEWS) -> int:
-    """How many rows were missing in a run of its own; their batches, and no others, were computed."""
-    model.seen = 0
-    cache = open_cache(root, model, views)
-    for epoch in range(epochs):
-        epoch_through(cache, views, epoch)
-    assert cache.misses <= model.seen <= 5 * cache.misses and cache.hits + cache.misses == epochs * SAMPLES
-    return cache.misses
-
-
-def the_folder(root: Path) -> Path:
-    (folder,) = root.iterdir()
-    return folder
+from timm_mamba_pkd.distillation.logits_cache import CachedModel, cache_bytes
 
 
 @pytest.mark.parametrize("loading", [{}, {"batch_size": 1}, {"batch_size": SAMPLES}, {"num_workers": 2}])
@@ -121,12 +51,6 @@ def test_a_batch_of_views_out_of_order_with_a_sample_twice(tmp_path):
     for _ in range(2):
         assert torch.equal(cache.logits(images, supp_dict), Model()(images).half().float())
     assert (cache.misses, cache.hits) == (5, 5)
-
-
-def test_another_process_reads_it(tmp_path):
-    assert run(tmp_path, Model(), views_of()) == VIEWS * SAMPLES
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply(run, (tmp_path, Model(), views_of())) == 0
 
 
 def test_more_views_reuse_those_there(tmp_path):
@@ -290,34 +214,6 @@ def test_a_row_does_not_depend_on_which_others_were_there(tmp_path):
     assert cache.misses == SAMPLES + 1 and path.read_bytes() == content
 
 
-def fill_a_share(root: Path, start: Any, share: int, shares: int) -> None:
-    views = views_of(num_views=8)
-    model = Model()
-    start.wait(30)
-    cache = open_cache(root, model, views)
-    for view in range(8):
-        views.set_epoch(view)
-        images, _, supp_dict = next(iter(DataLoader(views, batch_size=SAMPLES)))
-        supp_dict = {name: values[share::shares] for name, values in supp_dict.items()}
-        cache.logits(images[share::shares], supp_dict)
-
-
-def test_processes_that_begin_at_once_fill_the_same_files(tmp_path):
-    context, shares = multiprocessing.get_context("fork"), 4
-    for attempt in range(3):
-        start, root = context.Barrier(shares), tmp_path / str(attempt)
-        processes = [context.Process(target=fill_a_share, args=(root, start, i, shares)) for i in range(shares)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-            assert process.exitcode == 0
-        assert run(root, Model(), views_of(num_views=8), epochs=8) == 0
-        assert {path.name for path in the_folder(root).iterdir()} == {
-            ".lock", "meta.json", *(f"view_{view:04}.npy" for view in range(8)),
-        }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["meta.json", "view_0000.npy"])
 def test_a_deleted_file_is_written_again(tmp_path, name):
     run(tmp_path, Model(), views_of())
@@ -427,39 +323,3 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 def test_logits_beyond_float16(tmp_path, scale):
     with pytest.raises(CacheError, match="do not fit the cache's float16: remove cache_dir"):
         run(tmp_path, Model(scale=scale), views_of())
-
-
-def fill_and_hang(root: Path, hangs: Any, when: str) -> None:
-    """Fill until the moment ``when``; then tell, and stay there."""
-
-    def hang(*args: Any) -> None:
-        hangs.set()
-        time.sleep(60)
-
-    class Slow(Model):
-        def forward(self, x: Tensor) -> Tensor:
-            if when == "computing" and self.seen >= 10:
-                hang()
-            return super().forward(x)
-
-    Slow.__name__ = "Model"  # the same model to the cache
-    model, views = Slow(), views_of()
-    cache = open_cache(root, model, views)
-    if when == "reserving":
-        os.fsync = hang
-    epoch_through(cache, views, shuffle=False)
-
-
-@pytest.mark.parametrize(("when", "left"), [("computing", 2 * SAMPLES - 10), ("reserving", 2 * SAMPLES)])
-def test_a_killed_process_leaves_a_cache_that_works(tmp_path, when, left):
-    context = multiprocessing.get_context("fork")
-    hangs = context.Event()
-    process = context.Process(target=fill_and_hang, args=(tmp_path, hangs, when))
-    process.start()
-    assert hangs.wait(30)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-    assert run(tmp_path, Model(), views_of()) == left
-    assert run(tmp_path, Model(), views_of()) == 0
-    assert len(list(tmp_path.iterdir())) == 1

@@ -10,8 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from timm_mamba_pkd.distillation import ResNetTaps, build_model
-from timm_mamba_pkd.models import save_checkpoint
-from timm_mamba_pkd.report import count_macs, count_params
+from timm_mamba_pkd.models import count_macs, save_checkpoint
+from timm_mamba_pkd.report import count_params
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4", "avgpool")
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from timm_mamba_pkd.layers import InvertedResidual, Mamba, MambaBlock
-from timm_mamba_pkd.models import STUDENTS, MambaPKD
-from timm_mamba_pkd.report import count_macs
+from timm_mamba_pkd.models import STUDENTS, MambaPKD, count_macs
 
 BUDGETS = dict(zip(STUDENTS, (1.0e6, 2.5e6, 5.5e6, 10.9e6, 20e6, 28e6, 40.8e6), strict=True))
 

@@ -9,9 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, WeightsError, load_weights, save_weights
+from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, WeightsError, count_macs, load_weights, save_weights
 from timm_mamba_pkd.models.reuse import Reuse
-from timm_mamba_pkd.report import count_macs
 
 NAMES = ["mamba_pkd_s1", "mamba_pkd_s2", "mamba_pkd_s1", "mamba_pkd_s3"]
 SIZE = 9

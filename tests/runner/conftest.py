@@ -1,6 +1,7 @@
 """Tiny torchdistill configs, as dictionaries that tests change and then write as YAML."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torchvision.datasets import FakeData
 
 from timm_mamba_pkd.cli import main
 
@@ -46,6 +48,27 @@ def fake_images(size: int, offset: int, side: int = 8, classes: int = 3) -> Call
         "torchvision.datasets.FakeData",
         size=size, image_size=[1, side, side], num_classes=classes, random_offset=offset, transform=to_tensor,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_noise() -> Iterator[None]:
+    """FakeData seeds the generators of all devices for each image, which takes long: once for an image is enough."""
+    make = FakeData.__getitem__
+
+    @functools.cache
+    def made(index: int, size: Any, classes: int, offset: int) -> Any:
+        return make(FakeData(index + 1, size, classes, random_offset=offset), index)
+
+    def remember(self: FakeData, index: int) -> tuple[Any, Any]:
+        if index >= len(self):
+            raise IndexError(index)
+        image, label = made(index, tuple(self.image_size), self.num_classes, self.random_offset)
+        image = image if self.transform is None else self.transform(image)
+        return image, label if self.target_transform is None else self.target_transform(label)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeData, "__getitem__", remember)
+        yield
 
 
 def loader(dataset_id: str, sampler: str = "SequentialSampler", batch_size: int = 8) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import timm
 
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.report import count_macs, count_params
+from timm_mamba_pkd.models import count_macs
+from timm_mamba_pkd.report import count_params
 
 COLUMNS = [
     "model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size", "infer_gmacs",

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_mamba_pkd import MambaPKDEnsemble
-from timm_mamba_pkd.report import count_macs, count_params
+from timm_mamba_pkd.models import count_macs
+from timm_mamba_pkd.report import count_params
 from timm_mamba_pkd.runner.config import prepare
 from timm_mamba_pkd.runner.evaluate import count_correct, evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.results import measure

@@ -23,8 +23,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.models import save_weights
-from timm_mamba_pkd.report import count_macs, count_params, read_metrics
+from timm_mamba_pkd.models import count_macs, save_weights
+from timm_mamba_pkd.report import count_params, read_metrics
 
 
 class Evil:
@@ -146,6 +146,23 @@ def test_only_broken_images(place, capsys):
     assert evaluate("--model", "mamba_pkd_s1", "--checkpoint", "weights.safetensors") == 2
     error = capsys.readouterr().err
     assert "12 of 12 images cannot be read" in error and error.endswith("; ...\n")
+
+
+def test_an_image_that_can_be_read_when_it_is_tried_again(place, capsys, monkeypatch):
+    save_weights(model(), "weights.safetensors")
+    convert, calls = Image.Image.convert, []
+
+    def once_broken(image: Image.Image, *args: Any) -> Image.Image:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError("the disk was busy")
+        return convert(image, *args)
+
+    monkeypatch.setattr(Image.Image, "convert", once_broken)
+    assert evaluate("--model", "mamba_pkd_s1", "--checkpoint", "weights.safetensors") == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "class0/2.png of data set 'data' cannot be read (the disk was busy)" in captured.err
 
 
 WRONG = {

@@ -2,21 +2,18 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
 from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.deploy import FORMATS
-from timm_mamba_pkd.distillation import build_model
 from timm_mamba_pkd.models import load_weights, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -116,80 +113,6 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path, capsys, monke
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
 
 
-@pytest.fixture
-def gone(progressive, run, build, tmp_path, capsys, monkeypatch) -> Callable[..., Path]:
-    """A run whose teacher and student were made of checkpoints and whose data were files, all of which are gone."""
-    transform = progressive["datasets"]["fake/test"]["init"]["kwargs"]["transform"]
-    normalize = build.call("torchvision.transforms.Normalize", mean=[0.25], std=[0.75])
-    progressive["datasets"]["fake/test"]["init"]["kwargs"]["transform"] = build.call(
-        "torchvision.transforms.Compose", transforms=[transform, normalize]
-    )
-    for role in ("teacher_model", "student_model"):
-        entry = progressive["models"][role]
-        entry["src_ckpt"] = str(tmp_path / f"{role}.safetensors")
-        save_weights(build_model({**entry, "src_ckpt": None}), entry["src_ckpt"])
-    code, folder = run(progressive)
-    assert code == 0
-    for role in ("teacher_model", "student_model"):
-        Path(progressive["models"][role]["src_ckpt"]).unlink()
-    capsys.readouterr()
-
-    def gone(data: bool) -> Path:
-        if data:
-            monkeypatch.setattr("torchvision.datasets.FakeData.__init__", no_disk)
-        return folder
-
-    return gone
-
-
-def no_disk(*args: Any, **kwargs: Any) -> None:
-    raise OSError("the disk is gone")
-
-
-@pytest.mark.parametrize("data", [False, True])
-def test_run_whose_teacher_and_data_are_gone(gone, data, tmp_path, capsys, caplog):
-    folder = gone(data)
-    assert main(["export", str(folder), "--format", "hf"]) == 0
-    out = capsys.readouterr().out
-    assert "(random)" in out and ("(test images)" in out) == (not data)
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
-    config = f"{folder}/config.yaml"
-    warning = (
-        f"The data cannot be read (config {config}, line 4: OSError: the disk is gone): what is written is compared on "
-        "random images only. Their size, 1x8x8, and the 3 classes are those of the model mamba_pkd_ensemble of "
-    )
-    assert said[-1:] == ([warning + config] if data else [])
-    loaded: Any = timm.create_model(f"local-dir:{folder}/export/ensemble_2", pretrained=True).eval()
-    assert (loaded.default_cfg["mean"], loaded.default_cfg["std"]) == ([0.25], [0.75])
-    trained_weights = load_file(folder / "weights" / "ensemble.safetensors")
-    torch.testing.assert_close(dict(loaded.state_dict()), trained_weights, rtol=0, atol=0)
-    card = (folder / "export" / "ensemble_2" / "README.md").read_text()
-    assert ("- `fake/test`\n" if data else "- `fake/test`: 21 images of") in card
-
-    trained(tmp_path / "weights.safetensors")
-    words = ["export", "mamba_pkd_s1", "--checkpoint", str(tmp_path / "weights.safetensors"), "--format", "hf"]
-    assert main([*words, "--config", str(folder / "config.yaml"), "--output", str(tmp_path / "out")]) == 0
-
-
-@NEEDS_ONNX
-def test_int8_of_a_run_whose_data_are_gone(gone, capsys):
-    folder = gone(data=True)
-    assert main(["export", str(folder), "--int8"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--int8 measures the accuracy on labelled data: config" in line and "OSError: the disk is gone" in line
-    assert not (folder / "export").exists()
-
-
-def test_no_size_without_data(plain, write, tmp_path, capsys):
-    """A model of torchvision has no image size of its own."""
-    plain["models"]["model"] = {"key": "mnasnet0_5", "kwargs": {"num_classes": 3}}
-    plain["datasets"]["fake/test"]["key"] = "torchvision.datasets.Nothing"
-    (tmp_path / "run").mkdir()
-    write(plain, "run/config.yaml")
-    assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 2
-    assert "the data cannot be read, and the model has no image size of its own: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["nan", "int64", "truncated"])
 def test_damaged_weights(kind, plain, write, tmp_path, capsys):
     """One line, for a file and for a folder, before anything is written."""
@@ -225,8 +148,32 @@ def test_missing_packages(capsys, monkeypatch):
         assert capsys.readouterr().err == f"mamba-pkd: error: --format {kind} needs {wanted}\n"
 
 
+def test_packages_that_cannot_be_imported(tmp_path, capsys, monkeypatch):
+    """One line before anything is made; also where a runtime fails only as it opens the file."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_runtime.py").write_text("raise ImportError('numpy.core.multiarray failed\\nto import')")
+    broken = FORMATS["pt2"]._replace(packages=("broken_runtime",))
+    monkeypatch.setitem(FORMATS, "pt2", broken)
+    words = ["export", "mamba_pkd_s1", "--format", "pt2", *SMALL, "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "mamba-pkd: error: --format pt2 needs broken_runtime, whose import fails (numpy.core.multiarray failed): "
+        "install it anew with pip install --force-reinstall broken_runtime\n"
+    )
+
+    def fails(path: Path) -> Any:
+        raise ImportError("no runtime")
+
+    monkeypatch.setitem(FORMATS, "pt2", broken._replace(packages=(), write=lambda *args: None, open=fails))
+    assert main(words) == 2
+    assert capsys.readouterr().err == "mamba-pkd: error: mamba_pkd_s1 cannot be exported as pt2: no runtime\n"
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
-    "mamba_pkd_s8": "unknown model 'mamba_pkd_s8'; known: mamba_pkd_s7, ",
+    "nothing": "nothing is neither a model of timm nor the folder of a run: unknown model 'nothing'; known: ",
+    "mamba_pkd_s8": "mamba_pkd_s8 is neither a model of timm nor the folder of a run: unknown model 'mamba_pkd_s8'; "
+    "known: mamba_pkd_s7, ",
     "nowhere/run": "nowhere/run is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "empty": "empty is neither a model of timm nor the folder of a run (no config.yaml in it)",
     "local-dir:empty": "model local-dir:empty cannot be created: ",

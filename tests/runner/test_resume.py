@@ -37,18 +37,28 @@ def signal_at(monkeypatch) -> Callable[..., list[int]]:
     return signal_at
 
 
-def test_progressive_run_goes_on_at_any_step(rich, run, signal_at, assert_same_run, tmp_path):
+@pytest.fixture
+def stop_and_go_on(run, signal_at, assert_same_run) -> Callable[[Any, Path, int], None]:
+    """Run a config, stop it in its n-th step, run it again: it must be the same run as another that never stopped."""
+
+    def stop_and_go_on(config: Any, whole: Path, n: int) -> None:
+        calls = signal_at(training.Trainer, "_step", n)
+        code, folder = run(config, output=f"run{n}")
+        assert calls == [n] and code == 143
+        assert run(config, output=f"run{n}")[0] == 0
+        assert_same_run(whole, folder)
+
+    return stop_and_go_on
+
+
+def test_progressive_run_goes_on_at_any_step(rich, run, stop_and_go_on):
     code, whole = run(rich, output="whole")
     assert code == 0
     steps = 12 + 6  # a student is trained again
     moments = range(1, steps + 1) if os.environ.get("FAULTS") == "long" else (1, 3, 8, 12, 13, 18)
     for n in moments:
         shutil.rmtree("cache")
-        calls = signal_at(training.Trainer, "_step", n)
-        code, folder = run(rich, output=f"run{n}")
-        assert calls == [n] and code == 143
-        assert run(rich, output=f"run{n}")[0] == 0
-        assert_same_run(whole, folder)
+        stop_and_go_on(rich, whole, n)
 
 
 @pytest.mark.parametrize("signals", [[1, 2, 1, 3], [3, 3, 3, 3, 3]])
@@ -74,7 +84,7 @@ def test_checkpoints_between_epochs(rich, run, signal_at, monkeypatch):
     assert names == ["stage1_epoch0002_000000008", "stage1_epoch0002_000000016"]
 
 
-def test_config_of_torchdistills(plain, run, build, signal_at, assert_same_run, tmp_path):
+def test_config_of_torchdistills(plain, run, build, stop_and_go_on):
     """Two stages: a teacher that torchdistill leaves in training mode, so that its batch norms drift, and a student
     with regressors that are trained but belong to no state dict."""
     plain["models"] = {
@@ -109,13 +119,10 @@ def test_config_of_torchdistills(plain, run, build, signal_at, assert_same_run, 
     code, whole = run(plain, output="whole")
     assert code == 0
     for n in (2, 3, 5):
-        signal_at(training.Trainer, "_step", n)
-        assert run(plain, output=f"run{n}")[0] == 143
-        assert run(plain, output=f"run{n}")[0] == 0
-        assert_same_run(whole, tmp_path / f"run{n}")
+        stop_and_go_on(plain, whole, n)
 
 
-def test_run_without_a_teacher(plain, run, build, signal_at, assert_same_run, tmp_path):
+def test_run_without_a_teacher(plain, run, build, stop_and_go_on, tmp_path):
     """Workers that augment from their own generators; momentum; a plateau that looks back."""
     crop = build.call("torchvision.transforms.RandomCrop", size=8, padding=2)
     to_tensor = build.call("torchvision.transforms.ToTensor")
@@ -133,10 +140,7 @@ def test_run_without_a_teacher(plain, run, build, signal_at, assert_same_run, tm
     (tmp_path / "model.safetensors").rename(tmp_path / "whole.safetensors")
     assert code == 0
     for n in (1, 5, 12):
-        signal_at(training.Trainer, "_step", n)
-        assert run(plain, output=f"run{n}")[0] == 143
-        assert run(plain, output=f"run{n}")[0] == 0
-        assert_same_run(whole, tmp_path / f"run{n}")
+        stop_and_go_on(plain, whole, n)
         assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
         (tmp_path / "model.safetensors").unlink()
 

@@ -60,7 +60,10 @@ def test_a_run_never_overwrites(plain, run, write, capsys, tmp_path):
     config = write(plain).read_text()
 
     assert run(plain, "--seed", "7")[0] == 2
-    assert error_of(capsys) == f"the run in {folder} began with --seed 42, not 7: {advice}"
+    assert error_of(capsys) == f"the run in {folder} began with --seed 42, not with --seed 7: {advice}"
+    for flags, now in (["--amp"], "with --amp"), (["--amp-dtype", "float16"], "with --amp-dtype float16"):
+        assert run(plain, *flags)[0] == 2
+        assert error_of(capsys) == f"the run in {folder} began without {flags[0]}, not {now}: {advice}"
     write(plain).write_text(config.replace("0.01", "0.02", 1))
     assert run(tmp_path / "config.yaml")[0] == 2
     line = 1 + config[: config.index("0.01")].count("\n")
@@ -68,6 +71,8 @@ def test_a_run_never_overwrites(plain, run, write, capsys, tmp_path):
         error_of(capsys)
         == f"{tmp_path}/config.yaml differs in line {line} from {folder}/config.yaml, as the run began: {advice}"
     )
+    assert run(tmp_path / "gone.yaml")[0] == 2
+    assert error_of(capsys) == f"config {tmp_path}/gone.yaml cannot be read: No such file or directory"
     code, other = run(plain, output="other")
     assert code == 2 and not other.exists()
     assert error_of(capsys).startswith(f"dst_ckpt {tmp_path}/ckpt/model.pt exists already: move it away")
@@ -75,6 +80,21 @@ def test_a_run_never_overwrites(plain, run, write, capsys, tmp_path):
     (folder / "config.yaml").unlink()
     assert run(plain)[0] == 2
     assert error_of(capsys) == f"{folder} holds a run that cannot be resumed: choose another --output, or --fresh"
+
+
+@pytest.mark.parametrize("content", [b"", b"datasets: [", b"\xff\xfe\x00", bytes(100), None])
+def test_a_damaged_config_of_the_run(content, plain, run, capsys):
+    """Empty, cut, not text, zeroed by a crash of the machine, a folder."""
+    _, folder = run(plain)
+    capsys.readouterr()
+    config = folder / "config.yaml"
+    config.unlink()
+    config.mkdir() if content is None else config.write_bytes(content)
+    before = files(folder)
+    assert run(plain)[0] == 2
+    advice = "put it back, choose another --output, or start anew with --fresh"
+    assert error_of(capsys) == f"{config} is damaged: {advice}"
+    assert before == files(folder)
 
 
 def test_fresh_moves_the_run_before_away(plain, run, tmp_path):

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub import ModelCardData
 from timm.models import save_for_hf
 
-from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs
 from timm_mamba_pkd.models.arguments import check_count
-from timm_mamba_pkd.report import count_macs, count_params
+from timm_mamba_pkd.report import count_params
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # in timm's pretrained_cfg
 
@@ -27,7 +27,7 @@ def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]
     state = {}
     for name, tensor in ensemble.state_dict().items():
         student = re.match(r"(?:students|reuse)\.(\d+)\.", name)
-        if student is None or int(student[1]) < k:
+        if (student is None or int(student[1]) < k) and not name.startswith("policy."):
             state[name] = tensor[:k, :k] if name == "weights" else tensor
     state["active"] = torch.ones(k, dtype=torch.bool)
     smaller: Any = timm.create_model(
@@ -40,6 +40,7 @@ def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]
         combination=ensemble.combination,
     )
     smaller.load_state_dict(state)
+    smaller.policy = None if ensemble.policy is None else ensemble.policy.first(k)
     own: Any = ensemble.pretrained_cfg
     smaller.pretrained_cfg.update({key: own[key] for key in PREPROCESSING if key in own})
     return smaller.train(ensemble.training)

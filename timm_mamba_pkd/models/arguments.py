@@ -25,6 +25,13 @@ def check_img_size(img_size: int | Iterable[int]) -> tuple[int, int]:
     return size
 
 
+def check_images(x: Any, in_chans: int) -> None:
+    """Raise a ValueError unless ``x`` is a batch of at least one image with ``in_chans`` channels."""
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != in_chans or not len(x):
+        raise ValueError(f"images must be a tensor (B, {in_chans}, H, W) of at least one image, got {shape}")
+
+
 def check_count(name: str, count: Any, least: int, most: int | None = None) -> None:
     """Raise a ValueError unless ``count`` is a whole number from ``least`` up, or to ``most``."""
     if not is_whole(count) or count < least or (most is not None and count > most):

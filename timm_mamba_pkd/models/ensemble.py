@@ -1,30 +1,33 @@
 """The anytime ensemble: students s1..sN as one classifier that has an answer after every student."""
 
-import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from timm_mamba_pkd.models.adaptation import adapt_to, adapted
 from timm_mamba_pkd.models.arguments import (
     check_count,
     check_dtype,
+    check_images,
     check_img_size,
     check_names,
     check_rates,
     is_whole,
 )
+from timm_mamba_pkd.models.cascade import Prediction, run_cascade
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
+from timm_mamba_pkd.models.macs import count_macs
 from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
-from timm_mamba_pkd.models.reuse import Reuse, run_students
+from timm_mamba_pkd.models.policies import Confidence, Policy
+from timm_mamba_pkd.models.reuse import Pass, Reuse, run_students
 from timm_mamba_pkd.models.state_dict import classifier_names, fit_state_dict, require_architecture
+from timm_mamba_pkd.models.students import Students
 
 __all__ = ["MambaPKDEnsemble"]
-
-_logger = logging.getLogger(__name__)
 
 
 class MambaPKDEnsemble(nn.Module):
@@ -49,8 +52,10 @@ class MambaPKDEnsemble(nn.Module):
         weights: float32 buffer, see `uniform_weights`; None for the mean. Part of the state dict.
         training_state: what a schedule hands on from stage to stage; no part of the state dict.
         reuse: the connections of students that reuse the features of earlier ones, by position from 0.
+        policy: fitted thresholds of `predict`, or None; part of the state dict.
 
-    A state dict with weights or connections brings them along: an ensemble that lacks them gets them on loading.
+    A state dict with weights, connections or a policy brings them along: an ensemble that lacks them gets them on
+    loading.
 
     Raises:
         ValueError: an argument is of a wrong type or out of its range.
@@ -58,6 +63,7 @@ class MambaPKDEnsemble(nn.Module):
 
     active: Tensor
     weights: Tensor | None
+    policy: Confidence | None
 
     def __init__(
         self,
@@ -96,6 +102,8 @@ class MambaPKDEnsemble(nn.Module):
         self.students: Any = nn.ModuleList(create_model(name, **kwargs) for name in students)
         self.set_input_size(img_size)
         self.reuse = nn.ModuleDict()
+        self.policy = None
+        self._step_macs: dict[Any, list[int]] = {}
         self.training_state: dict[str, Any] = {}
         self.register_buffer("active", torch.ones(len(self.students), dtype=torch.bool, device=device))
         self._positions = list(range(len(self.students)))  # of the active ones: a graph must not look into the buffer
@@ -105,6 +113,8 @@ class MambaPKDEnsemble(nn.Module):
 
     def init_weights(self) -> None:
         """Reset every parameter and buffer, reproducibly from torch's seed: connections to zero, weights to the mean.
+
+        A policy is no longer there.
 
         Raises:
             AttributeError: a student is a timm model without ``init_weights``.
@@ -157,7 +167,8 @@ class MambaPKDEnsemble(nn.Module):
         return "mean" if self.weights is None else COMBINATIONS[self.weights.ndim - 1]
 
     def set_combination(self, combination: str) -> None:
-        """Combine by 'mean', 'per_student' or 'per_class', with the weights of the mean."""
+        """Combine by 'mean', 'per_student' or 'per_class', with the weights of the mean, and without a policy."""
+        self.policy = None
         self.weights = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
 
     def connect(self, position: int, num_sources: int) -> None:
@@ -184,43 +195,18 @@ class MambaPKDEnsemble(nn.Module):
         models = self.students[position - num_sources : position + 1]
         return all(isinstance(model, MambaPKD) for model in models)
 
-    def adapt_to(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take on the combination and the connections that a state dict brings along.
-
-        Returns:
-            what the state dict lacks because it is of a mean: the weights of the mean, if this ensemble has weights.
-        """
-        weights = state_dict.get("weights")
-        if weights is not None and (self.weights is None or self.weights.ndim != weights.ndim):
-            before = self.combination
-            self.set_combination("per_student" if weights.ndim == 2 else "per_class")
-            _logger.info("The weights combine the students %s instead of by %s", self.combination, before)
-        for name, tensor in state_dict.items():
-            match = re.fullmatch(r"reuse\.(\d+)\.projections\.0\.weight", name)
-            if match and tensor.ndim == 4 and int(match[1]) < len(self.students):
-                self._connect_like(int(match[1]), tensor.shape[1])
-        if weights is not None or self.weights is None:
-            return {}
-        mean = uniform_weights(len(self.students), self.num_classes, self.combination, self.active.device)
-        assert mean is not None
-        return {"weights": mean}
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; where ``num_classes`` was given, weights of another class count leave the classifiers alone.
 
         Raises:
             RuntimeError: the state dict is of other students or class count; names the first keys that differ.
         """
-        before = dict(self.reuse.items()), self.weights
-        found = {**state_dict, **self.adapt_to(state_dict)}
-        if self.num_classes_given and self.weights is not None and self._is_of_another_class_count(found):
-            self.set_combination(self.combination)
-            found["weights"] = self.weights
-        try:
+        with adapted(self, state_dict) as found:
+            if self.num_classes_given and self._is_of_another_class_count(found):
+                self.set_combination(self.combination)
+                found = {name: tensor for name, tensor in found.items() if not name.startswith("policy.")}
+                found |= {} if self.weights is None else {"weights": self.weights}
             fitting = fit_state_dict(self, found, strict, self.num_classes_given)
-        except RuntimeError:
-            self.reuse, self.weights = nn.ModuleDict(before[0]), before[1]
-            raise
         return super().load_state_dict(fitting, strict, assign)
 
     def _is_of_another_class_count(self, state_dict: Mapping[str, Tensor]) -> bool:
@@ -228,24 +214,12 @@ class MambaPKDEnsemble(nn.Module):
         shared = classifier_names(self) & own.keys() & state_dict.keys()
         return any(state_dict[name].shape != own[name].shape for name in shared)
 
-    def _connect_like(self, position: int, width: int) -> None:
-        """Connect the student at ``position`` to as many earlier ones as give ``width`` channels in the first stage."""
-        own = self.connections()[position]
-        for count in range(1, position + 1):
-            sources = self.students[position - count : position]
-            if (
-                self.can_connect(position, count)
-                and sum(model.feature_info[0]["num_chs"] for model in sources) == width
-                and (own is None or own.num_sources != count)  # its parameters may be in training
-            ):
-                self.connect(position, count)
-
     def connections(self) -> list[Reuse | None]:
         """Of each student, the connections to earlier ones or None."""
         found: Any = dict(self.reuse.items())
         return [found.get(str(i)) for i in range(len(self.students))]
 
-    def first(self, k: int) -> "Students":
+    def first(self, k: int) -> Students:
         """The first ``k`` students as a classifier of its own, which shares their parameters.
 
         Raises:
@@ -273,6 +247,49 @@ class MambaPKDEnsemble(nn.Module):
         """
         fits = self.weights is not None and self.active_positions == list(range(self.num_active))
         return combine(student_logits, self.weights if fits else None)
+
+    def steps(self, x: Tensor) -> Pass:
+        """Begin a pass of images (B, in_chans, H, W) that runs students one by one."""
+        return Pass(self.students, self.connections(), x)
+
+    def step_macs(self, input_size: Sequence[int]) -> list[int]:
+        """Multiply-accumulates that each active student adds to those before it, on an image of ``input_size``."""
+        positions, reuse = self.active_positions, tuple(own and own.num_sources for own in self.connections())
+        channels, height, width = input_size
+        size = (channels, height, width)
+        key = size, tuple(positions), reuse
+        if key not in self._step_macs:
+            if any(reuse):
+                ends = [Students(self, positions[:k]) for k in range(1, len(positions) + 1)]
+                totals = [0, *(count_macs(students, size) for students in ends)]
+                self._step_macs[key] = [after - before for before, after in pairwise(totals)]
+            else:
+                self._step_macs[key] = [count_macs(self.students[i], size) for i in positions]
+        return self._step_macs[key]
+
+    def predict(self, x: Tensor, policy: Policy | None = None) -> Prediction:
+        """Predict images (B, in_chans, H, W) in eval mode, each by as few students as a policy lets it use.
+
+        After each student those images that leave are taken out of the batch, so that what is saved is not computed.
+        No gradients are recorded.
+
+        Args:
+            x: the images.
+            policy: `Confidence`, `Agreement`, `Budget` or `Depth`; None for the ensemble's own.
+
+        Raises:
+            ValueError: there is no policy, it cannot serve this ensemble or batch, or the ensemble is in training mode.
+        """
+        policy = self.policy if policy is None else policy
+        if policy is None:
+            raise ValueError("this ensemble has no policy: fit one by mamba-pkd calibrate, or give one")
+        if not hasattr(policy, "going_on"):
+            raise ValueError(f"policy must be a Confidence, Agreement, Budget or Depth, got {policy!r}")
+        if self.training:
+            raise ValueError("predict needs eval mode: call eval() before")
+        check_images(x, self.in_chans)
+        policy.start(self, x)
+        return run_cascade(self, x, policy)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes."""
@@ -312,33 +329,10 @@ class MambaPKDEnsemble(nn.Module):
         }
 
 
-class Students(nn.Module):
-    """Some students of an ensemble as one classifier: images (B, in_chans, H, W) in, logits (B, num_classes) out.
-
-    Their logits are combined as the ensemble combines its first ones, those of a single student are as they are.
-    """
-
-    weights: Tensor | None
-
-    def __init__(self, ensemble: MambaPKDEnsemble, positions: Sequence[int]) -> None:
-        super().__init__()
-        count = positions[-1] + 1
-        self.positions = tuple(positions)
-        self.students = ensemble.students[:count]
-        self.reuse = nn.ModuleList(own or nn.Identity() for own in ensemble.connections()[:count])
-        self.register_buffer("weights", ensemble.weights if len(self.positions) == count else None)
-        self.training = ensemble.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        connections = [own if isinstance(own, Reuse) else None for own in self.reuse]
-        logits = list(run_students(self.students, connections, x, self.positions))
-        return combine(logits, self.weights)[-1]
-
-
 def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     assert isinstance(module, MambaPKDEnsemble)
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    for name, tensor in module.adapt_to(own).items():
+    for name, tensor in adapt_to(module, own).items():
         state_dict[prefix + name] = tensor
 
 
@@ -350,7 +344,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """
     assert isinstance(model, MambaPKDEnsemble)
     state_dict = state_dict.get("model", state_dict)
-    state_dict = {**state_dict, **model.adapt_to(state_dict)}
+    state_dict = {**state_dict, **adapt_to(model, state_dict)}
     require_architecture(model, state_dict, {"weights", *classifier_names(model)})
     return state_dict
 

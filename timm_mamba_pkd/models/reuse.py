@@ -38,33 +38,46 @@ class Reuse(nn.Module):
             own.weight[:, -other.weight.shape[1] :] = other.weight  # pyright: ignore
 
 
-def run_students(
-    students: Sequence[nn.Module], reuse: Sequence[Reuse | None], x: Tensor, positions: Iterable[int]
-) -> Iterator[Tensor]:
-    """Yield the logits (B, C) of the students at ``positions``, each as it finishes; features are computed once.
+class Pass:
+    """One pass of images through students, whose features are computed once where others reuse them.
 
     Args:
         students: in the order of evaluation.
         reuse: of each student, its connections or None.
         x: images (B, in_chans, H, W).
-        positions: the students wanted, from 0, ascending; others run only where these reuse their features.
     """
-    shared = {source for i, own in enumerate(reuse) if own is not None for source in range(i - own.num_sources, i)}
-    features: dict[int, list[Tensor]] = {}
 
-    def features_of(i: int) -> list[Tensor]:
-        if i not in features:
-            own = reuse[i]
-            sources = [features_of(j) for j in range(i - own.num_sources, i)] if own is not None else []
-            features[i] = _features(students[i], x, own, sources)
-        return features[i]
+    def __init__(self, students: Sequence[nn.Module], reuse: Sequence[Reuse | None], x: Tensor) -> None:
+        self._students, self._reuse, self._x = students, reuse, x
+        self._shared = {j for i, own in enumerate(reuse) if own is not None for j in range(i - own.num_sources, i)}
+        self._features: dict[int, list[Tensor]] = {}
 
-    for i in positions:
-        student: Any = students[i]
-        if reuse[i] is None and i not in shared:
-            yield student(x)
-        else:
-            yield student.forward_head(features_of(i)[-1])
+    def logits(self, position: int) -> Tensor:
+        """Logits (B, C) of the student at ``position`` (from 0); those it reuses run with it if they have not yet."""
+        student: Any = self._students[position]
+        if self._reuse[position] is None and position not in self._shared:
+            return student(self._x)
+        return student.forward_head(self._features_of(position)[-1])
+
+    def keep(self, indices: Tensor) -> None:
+        """Go on with the images at ``indices``, int64 (n,), of the present ones alone."""
+        self._x = self._x[indices]
+        self._features = {i: [stage[indices] for stage in stages] for i, stages in self._features.items()}
+
+    def _features_of(self, i: int) -> list[Tensor]:
+        if i not in self._features:
+            own = self._reuse[i]
+            sources = [self._features_of(j) for j in range(i - own.num_sources, i)] if own is not None else []
+            self._features[i] = _features(self._students[i], self._x, own, sources)
+        return self._features[i]
+
+
+def run_students(
+    students: Sequence[nn.Module], reuse: Sequence[Reuse | None], x: Tensor, positions: Iterable[int]
+) -> Iterator[Tensor]:
+    """Yield the logits (B, C) of the students at ``positions``, each as it finishes; arguments as of `Pass`."""
+    run = Pass(students, reuse, x)
+    return (run.logits(position) for position in positions)
 
 
 def _features(student: Any, x: Tensor, own: Reuse | None, sources: list[list[Tensor]]) -> list[Tensor]:

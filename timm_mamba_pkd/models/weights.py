@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from timm_mamba_pkd.files import whole_file, write_file
+from timm_mamba_pkd.models.adaptation import adapted
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences, not_finite
 
@@ -112,13 +113,11 @@ def load_state(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> 
     """Load a state dict, which `read_weights` found at ``path``, as `load_weights` does."""
     if broken := not_finite(found):
         raise WeightsError(f"weights file {path} holds values that are not finite: {broken}")
-    before = None
-    if isinstance(model, MambaPKDEnsemble):
-        before = dict(model.reuse.items()), model.weights
-        found |= model.adapt_to(found)
-    different = differences(found, model.state_dict())
-    if different:
-        if isinstance(model, MambaPKDEnsemble) and before is not None:
-            model.reuse, model.weights = nn.ModuleDict(before[0]), before[1]
-        raise WeightsError(f"weights file {path} is of another model than {type(model).__name__}: {different}")
+    complete = adapted(model, found) if isinstance(model, MambaPKDEnsemble) else nullcontext(found)
+    try:
+        with complete as found:
+            if different := differences(found, model.state_dict()):
+                raise RuntimeError(different)
+    except RuntimeError as error:
+        raise WeightsError(f"weights file {path} is of another model than {type(model).__name__}: {error}") from error
     model.load_state_dict(found)

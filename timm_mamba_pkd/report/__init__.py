@@ -1,6 +1,6 @@
 """Reports: what a model costs, tables of results, and plots."""
 
-from timm_mamba_pkd.report.cost import count_macs, count_params, measure_latency, measure_peak_memory, median_time
+from timm_mamba_pkd.report.cost import count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.report.folder import write_report
 from timm_mamba_pkd.report.metrics import read_metrics
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves, plot_selection
@@ -22,7 +22,6 @@ __all__ = [
     "Table",
     "Verdict",
     "Violation",
-    "count_macs",
     "count_params",
     "describe_selection",
     "measure_latency",

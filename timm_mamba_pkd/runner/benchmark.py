@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from timm_mamba_pkd.report import count_macs, count_params, measure_latency, measure_peak_memory, median_time
+from timm_mamba_pkd.models import count_macs
+from timm_mamba_pkd.report import count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.named import create_named

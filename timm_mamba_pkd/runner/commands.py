@@ -20,7 +20,7 @@ from timm_mamba_pkd.files import WriteError
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
-from timm_mamba_pkd.runner.check import StageEstimate, check, duration, require_space, size
+from timm_mamba_pkd.runner.check import StageEstimate, check
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job, prepare
@@ -34,6 +34,8 @@ from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.schema import schedule_arguments
+from timm_mamba_pkd.runner.space import require_space, size
+from timm_mamba_pkd.runner.time_left import duration
 from timm_mamba_pkd.runner.tracking import tracking
 from timm_mamba_pkd.runner.train import Options, Trainer
 from timm_mamba_pkd.runner.unreadable import report_unreadable

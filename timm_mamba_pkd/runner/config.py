@@ -1,14 +1,11 @@
 """From a YAML file to checked data sets and models: every error a user can make is said before compute is spent."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import set_exportable
-from timm.models import get_model_input_config
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchdistill.common.main_util import import_dependencies
@@ -19,11 +16,9 @@ from timm_mamba_pkd.distillation import build_model, unknown_name
 from timm_mamba_pkd.runner.errors import ConfigError, Keys, explain, first_line
 from timm_mamba_pkd.runner.safe_config import Folders, require_safe
 from timm_mamba_pkd.runner.schema import check_schema, set_cache_dir
-from timm_mamba_pkd.runner.source import Source, child, pairs
+from timm_mamba_pkd.runner.source import Source
 from timm_mamba_pkd.runner.streams import first_samples, open_stream
 from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError
-
-__all__ = ["ConfigError", "Job", "Trained", "first_line", "prepare", "prepare_trained", "stages"]
 
 
 @dataclass
@@ -92,7 +87,7 @@ def prepare(
 
 
 def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device: torch.device) -> Job:
-    _import_dependencies(config)
+    load_dependencies(config)
     for section in ("datasets", "models", "train", "test"):
         if not isinstance(config[section], dict):
             raise ConfigError(f"{section} must be a section, got {config[section]!r}", at=(section,))
@@ -102,14 +97,14 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
         raise ConfigError("names no model: expected models.student_model or models.model", at=("models",))
     datasets = _datasets(config)
     config["datasets"] = {**config["datasets"], **datasets}
-    teacher = None if models.get("teacher_model") is None else _build(models, "teacher_model")
-    student = _build(models, student_role)
+    teacher = None if models.get("teacher_model") is None else build(models, "teacher_model")
+    student = build(models, student_role)
 
-    samples = {dataset_id: _sample(dataset, dataset_id) for dataset_id, dataset in datasets.items()}
+    samples = {dataset_id: sample_of(dataset, dataset_id) for dataset_id, dataset in datasets.items()}
     images = [image for image, _ in samples.values()]
-    num_classes = _num_outputs(student, models, student_role, images)
+    num_classes = num_outputs(student, models, student_role, images)
     if teacher is not None:
-        outputs = _num_outputs(teacher, models, "teacher_model", images)
+        outputs = num_outputs(teacher, models, "teacher_model", images)
         if outputs != num_classes:
             raise ConfigError(
                 f"teacher has {outputs} classes, student has {num_classes}: set both num_classes to the data set's",
@@ -139,110 +134,6 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
     return Job(source, warnings, config, teacher, student, test_loader, size, num_classes, topk)
 
 
-@dataclass
-class Trained:
-    """What a config says of its trained model, without its teacher, its training and any weights.
-
-    Attributes:
-        path: of the config.
-        model: the student, or the only model, in eval mode.
-        exportable: a function that makes the same in timm's exportable mode.
-        name: of the model.
-        input_size: (channels, height, width) of a test image or, where these cannot be read, of the model.
-        num_classes: the model's.
-        dataset_ids: of the config.
-        datasets: by id; none where one of them cannot be read.
-        test_loader: None where the data cannot be read.
-        transform: of the test images that cannot be read, where the config has it.
-        missing: why the data cannot be read, or an empty string.
-    """
-
-    path: Path
-    model: nn.Module
-    exportable: Callable[[], nn.Module]
-    name: str
-    input_size: tuple[int, int, int]
-    num_classes: int
-    dataset_ids: list[str]
-    datasets: dict[str, Any] = field(default_factory=dict)
-    test_loader: DataLoader | None = None
-    transform: Any = None
-    missing: str = ""
-
-
-def prepare_trained(config_path: str | Path, safe: Folders | None = None) -> Trained:
-    """Read a config, and build its model and, where they can be read, its data sets.
-
-    Args:
-        config_path: of the YAML file.
-        safe: as in `prepare`.
-
-    Raises:
-        ConfigError: the file is no config, it names no model that can be built, the model cannot take the images, or
-            there are no images and the model is made for none in particular.
-    """
-    source = Source.read(config_path)
-    if safe is not None:
-        require_safe(source, safe)
-    check_schema(source)
-    missing = ""
-    try:
-        config = source.load(leave_out=("train",))
-    except ConfigError as error:
-        config, missing = source.load(leave_out=("train", "datasets")), str(error)
-    with source.locating():
-        _import_dependencies(config)
-        return _prepare_trained(source, config, missing)
-
-
-def _prepare_trained(source: Source, config: dict[str, Any], missing: str) -> Trained:
-    models = config["models"]
-    role = "student_model" if models.get("student_model") else "model"
-    if not models.get(role):
-        raise ConfigError("names no model: expected models.student_model or models.model", at=("models",))
-    kwargs = models[role].get("kwargs") or {}
-    bare = {name: value for name, value in kwargs.items() if name not in ("pretrained", "checkpoint_path")}
-    models = {role: {**models[role], "kwargs": bare, "src_ckpt": None}}
-    model: Any = _build(models, role).eval()
-    loader, at = config["test"]["test_data_loader"], ("test", "test_data_loader")
-    dataset, images, test_loader = None, [], None
-    try:
-        if not missing:
-            dataset_id, dataset = _dataset(config, loader, at)
-            images = [_sample(dataset, dataset_id)[0]]
-            test_loader = build_data_loader(dataset, loader, False)
-    except Exception as error:  # whatever a data set raises
-        missing, images, test_loader = explain(error), [], None
-    if not images:
-        if not hasattr(model, "pretrained_cfg"):
-            raise ConfigError(f"the data cannot be read, and the model has no image size of its own: {missing}")
-        images = [torch.zeros(get_model_input_config(model)["input_size"])]
-    transform = None
-    if missing:
-        with suppress(ConfigError):
-            transform = source.load(at=("datasets", str(loader["dataset_id"]), "init", "kwargs", "transform"))
-
-    def exportable() -> nn.Module:
-        with set_exportable(True):
-            twin = _build(models, role)
-        return twin.eval()
-
-    size: Any = tuple(images[0].shape)
-    return Trained(
-        path=source.path,
-        model=model,
-        exportable=exportable,
-        name=str(kwargs.get("model_name", models[role]["key"])),
-        input_size=size,
-        num_classes=_num_outputs(model, models, role, images),
-        dataset_ids=[key.value for key, _ in pairs(child(source.root, "datasets"))],
-        datasets={} if missing else config["datasets"],
-        test_loader=test_loader,
-        transform=transform,
-        missing=missing,
-    )
-
-
 def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
     """The stage configs of a ``train`` section in order; a section without stages is one stage."""
     if "stage1" not in train_config:
@@ -251,7 +142,8 @@ def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
     return [train_config.get(f"stage{n}", {}) for n in range(1, 1 + count)]
 
 
-def _import_dependencies(config: dict[str, Any]) -> None:
+def load_dependencies(config: dict[str, Any]) -> None:
+    """Import what the config names under ``dependencies``."""
     try:
         import_dependencies(config.get("dependencies"))
     except (Exception, SystemExit) as error:
@@ -285,7 +177,7 @@ def _loaders(config: dict[str, Any]) -> Iterator[tuple[Keys, dict[str, Any]]]:
     yield ("test", "test_data_loader"), config["test"]["test_data_loader"]
 
 
-def _dataset(config: dict[str, Any], loader: dict[str, Any], at: Keys) -> tuple[str, Any]:
+def named_dataset(config: dict[str, Any], loader: dict[str, Any], at: Keys) -> tuple[str, Any]:
     """The id and the data set that a loader's config names."""
     dataset_id = str(loader.get("dataset_id") if isinstance(loader, dict) else None)
     where, at = ".".join(at), (*at, "dataset_id")
@@ -299,7 +191,7 @@ def _dataset(config: dict[str, Any], loader: dict[str, Any], at: Keys) -> tuple[
 
 def _datasets(config: dict[str, Any]) -> dict[str, Any]:
     """The data sets that loaders name, by id, made to tell what cannot be read in them."""
-    loaders = [(at, loader, *_dataset(config, loader, at)) for at, loader in _loaders(config)]
+    loaders = [(at, loader, *named_dataset(config, loader, at)) for at, loader in _loaders(config)]
     evaluated = {dataset_id for at, _, dataset_id, _ in loaders if at[-1] != "train_data_loader"}
     datasets: dict[str, Any] = {}
     for at, loader, dataset_id, dataset in loaders:
@@ -317,7 +209,8 @@ def _datasets(config: dict[str, Any]) -> dict[str, Any]:
     return {dataset_id: datasets.get(dataset_id, dataset) for _, _, dataset_id, dataset in loaders}
 
 
-def _build(models: dict[str, Any], role: str) -> nn.Module:
+def build(models: dict[str, Any], role: str) -> nn.Module:
+    """The model of a role, with its weights."""
     try:
         return build_model(models[role])
     except Exception as error:
@@ -325,7 +218,8 @@ def _build(models: dict[str, Any], role: str) -> nn.Module:
         raise ConfigError(f"models.{role}: {explain(cause)}", at=("models", role)) from error
 
 
-def _sample(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:
+def sample_of(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:
+    """The first image (C, H, W) of a data set, and its label."""
     try:
         image, label = first_samples(dataset, 1)[0][:2]
         label = int(label)
@@ -344,7 +238,7 @@ def _sample(dataset: Any, dataset_id: str) -> tuple[torch.Tensor, int]:
     return image, label
 
 
-def _num_outputs(model: nn.Module, models: dict[str, Any], role: str, images: Iterable[torch.Tensor]) -> int:
+def num_outputs(model: nn.Module, models: dict[str, Any], role: str, images: Iterable[torch.Tensor]) -> int:
     """Number of outputs of ``model``, found by a forward pass of each image."""
     outputs = 0
     was_training = model.training

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
 from timm_mamba_pkd.deploy import FORMATS, first_students, quantize_onnx, write_hub_folder
+from timm_mamba_pkd.distillation import unknown_name
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.report import median_time
-from timm_mamba_pkd.runner.check import size
-from timm_mamba_pkd.runner.config import Trained, prepare_trained
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
 from timm_mamba_pkd.runner.safe_config import Folders
+from timm_mamba_pkd.runner.space import size
 from timm_mamba_pkd.runner.streams import first_samples, public_class
+from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,14 @@ def _require_packages(kinds: list[str], int8: bool) -> None:
         missing = FORMATS[kind].missing() if kind in FORMATS else []
         if missing:
             raise ConfigError(f"--format {kind} needs {', '.join(missing)}: pip install {FORMATS[kind].install}")
+        for package in FORMATS[kind].packages if kind in FORMATS else ():
+            try:
+                import_module(package)
+            except Exception as error:  # whatever a package that does not fit the others, or the system, raises
+                raise ConfigError(
+                    f"--format {kind} needs {package}, whose import fails ({first_line(error)}): install it anew with "
+                    f"pip install --force-reinstall {package}"
+                ) from error
     if int8 and "onnx" not in kinds:
         raise ConfigError("--int8 is for ONNX: add onnx to --format")
 
@@ -121,6 +130,9 @@ def _find(args: argparse.Namespace) -> Subject:
         return _find_in_run(args, RunFolder(path))
     if ":" in args.model and (args.num_classes is not None or args.in_chans is not None):
         raise ConfigError(f"--num-classes and --in-chans are those of {args.model}: leave them out")
+    if ":" not in args.model and not is_model(args.model):
+        unknown = unknown_name("model", args.model, timm.list_models())
+        raise ConfigError(f"{args.model} is neither a model of timm nor the folder of a run: {unknown}")
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans, "img_size": args.img_size}
     config = None
     if args.config is not None:
@@ -240,9 +252,9 @@ def _export(subject: Subject, kind: str, path: Path, images: dict[str, Tensor], 
         partial = Path(temporary) / path.name
         try:
             FORMATS[kind].write(subject.exportable, images["random"][:2], partial)
-        except Exception as error:  # whatever an exporter raises on a model that it does not support
+            run = FORMATS[kind].open(partial)
+        except Exception as error:  # whatever an exporter, or a runtime, raises on a model that it does not support
             raise ConfigError(f"{subject.name} cannot be exported as {kind}: {first_line(error)}") from error
-        run = FORMATS[kind].open(partial)
         found = _differences(subject, run, images, TOLERANCE)
         _print(partial, path, f"{found}  {_time(run, images, eager_time)}")
         os.replace(partial, path)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import shlex
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
@@ -12,44 +13,50 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from timm_mamba_pkd.datasets import num_classes as declared_classes
+from timm_mamba_pkd.datasets import num_classes
 from timm_mamba_pkd.distillation import build_model
 from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
-from timm_mamba_pkd.runner.config import Trained, prepare_trained
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate_named import (
-    ImageLoader,
-    LabelledImages,
     labelled_images,
     load_named,
+    naming_all_unreadable,
     open_images,
 )
 from timm_mamba_pkd.runner.named import try_image
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.source import Source, child
+from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 from timm_mamba_pkd.runner.unreadable import Readable
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Samples:
-    """Labelled images in a fixed order: batches of images (B, C, H, W) and labels (B,).
+    """Labelled images in a fixed order, in batches of images (B, C, H, W) and labels (B,).
 
-    ``name`` says where they are from, ``input_size`` is (C, H, W), ``num_classes`` what the data set declares or None.
+    Attributes:
+        images: the data set.
+        name: where they are from.
+        input_size: (C, H, W).
+        batch_size, workers: of the loader.
     """
 
-    def __init__(self, batches: Any, name: str, input_size: tuple[int, int, int], num_classes: int | None) -> None:
-        self.batches, self.name, self.input_size, self.num_classes = batches, name, input_size, num_classes
+    images: Readable
+    name: str
+    input_size: tuple[int, int, int]
+    batch_size: int
+    workers: int
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, *_ in self.batches:
-            yield images, labels
-        if isinstance(self.batches, ImageLoader):
-            self.batches.require_all_readable()
+        with naming_all_unreadable(self.images, self.workers):
+            for images, labels, *_ in DataLoader(self.images, self.batch_size, num_workers=self.workers):
+                yield images, labels
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return math.ceil(len(self.images) / self.batch_size)
 
 
 @dataclass
@@ -95,9 +102,10 @@ def gather(args: argparse.Namespace) -> list[Member]:
     for member in members:
         samples = member.samples
         outputs = try_image(member.model, member.name, samples.input_size)
-        if samples.num_classes is not None and samples.num_classes > outputs:
+        classes = num_classes(samples.images)
+        if classes is not None and classes > outputs:
             raise ConfigError(
-                f"{samples.name} has {samples.num_classes} classes, {member.name} has {outputs}: they must be the "
+                f"{samples.name} has {classes} classes, {member.name} has {outputs}: they must be the "
                 "classes that it was trained on"
             )
         names[member.name] = names.get(member.name, 0) + 1
@@ -232,8 +240,7 @@ def _validation_split(source: Source, trained: Trained) -> Samples:
     name = f"{dataset_id} of {source.path}"
     size = _size_of_sample(readable, name)
     kwargs = loader.get("kwargs") or {}
-    batches = DataLoader(readable, kwargs.get("batch_size", 1), num_workers=kwargs.get("num_workers", 0))
-    return Samples(batches, name, size, declared_classes(dataset))
+    return Samples(readable, name, size, kwargs.get("batch_size", 1), kwargs.get("num_workers", 0))
 
 
 def _size_of_sample(dataset: Any, name: str) -> tuple[int, int, int]:
@@ -254,16 +261,13 @@ def _images_of_run(trained: Trained, args: argparse.Namespace) -> Samples:
     transform = getattr(data, "transform", trained.transform)
     if transform is None:
         raise ConfigError(f"{trained.path} does not say how its images are transformed: leave --data-root out")
-    return _image_samples(LabelledImages(open_images(args), transform, trained.input_size), args, trained.input_size)
+    return _image_samples(open_images(args, transform, trained.input_size[0]), args, trained.input_size)
 
 
-def _image_samples(images: LabelledImages, args: argparse.Namespace, size: tuple[int, int, int]) -> Samples:
-    if not len(images):
-        raise ConfigError(f"--data-root {args.data_root} holds no images")
-    if images.num_classes < 2:
+def _image_samples(images: Readable, args: argparse.Namespace, size: tuple[int, int, int]) -> Samples:
+    if (num_classes(images) or 0) < 2:
         raise ConfigError(f"--data-root {args.data_root} has no labels: it must hold a folder of images per class")
-    loader = ImageLoader(images, args.batch_size, args.workers)
-    return Samples(loader, f"{args.data_root} ({args.split})", size, images.num_classes)
+    return Samples(images, f"{args.data_root} ({args.split})", size, args.batch_size, args.workers)
 
 
 def _export(*words: str) -> str:

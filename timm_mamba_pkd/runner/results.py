@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from timm_mamba_pkd.distributed import is_main
-from timm_mamba_pkd.models import MambaPKDEnsemble
-from timm_mamba_pkd.report import Row, count_macs, count_params, measure_latency, read_metrics, write_report
+from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs
+from timm_mamba_pkd.report import Row, count_params, measure_latency, read_metrics, write_report
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.run_folder import RunFolder

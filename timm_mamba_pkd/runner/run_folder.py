@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from timm_mamba_pkd.files import WriteError, leftover_files, write_file
 from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.source import Source
 
 REPORT = ("results.csv", "results.md", "accuracy_macs.png", "curves.png")
 
@@ -107,7 +108,7 @@ class RunFolder:
                 return record
         except (ValueError, TypeError, KeyError, OSError):
             pass
-        raise ConfigError(f"{self.record} is damaged: put it back, choose another --output, or start anew with --fresh")
+        raise _damaged(self.record)
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
@@ -117,15 +118,20 @@ class RunFolder:
         advice = "go on with the same, choose another --output, or start anew with --fresh"
         if not self.config.exists() or not self.record.exists():
             raise ConfigError(f"{self.path} holds a run that cannot be resumed: choose another --output, or --fresh")
-        then, now = self.config.read_bytes().splitlines(), Path(config_path).expanduser().read_bytes().splitlines()
+        now = Source.read(config_path).text.splitlines()
+        try:
+            then = Source.read(self.config).text.splitlines()
+        except ConfigError as error:
+            raise _damaged(self.config) from error
         if then != now:
             pairs = zip([*then, None], [*now, None], strict=False)
             line = next(number for number, (one, other) in enumerate(pairs, start=1) if one != other)
             raise ConfigError(f"{config_path} differs in line {line} from {self.config}, as the run began: {advice}")
         begun = self._read_record()["flags"]
         for flag, value in flags.items():
-            if begun.get(flag) != value:
-                raise ConfigError(f"the run in {self.path} began with {flag} {begun.get(flag)}, not {value}: {advice}")
+            then, now = _typed(flag, begun.get(flag)), _typed(flag, value)
+            if then != now:
+                raise ConfigError(f"the run in {self.path} began {then}, not {now}: {advice}")
 
     def move_away(self, *others: Path) -> Path | None:
         """Move all that a run has written here, and ``others``, into a new folder old-1, old-2, ...; returns it."""
@@ -158,6 +164,17 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise WriteError(error.errno, error.strerror, str(self.metrics)) from error
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is damaged: put it back, choose another --output, or start anew with --fresh")
+
+
+def _typed(flag: str, value: Any) -> str:
+    """A flag as it is on the command line; False and None are those of one that is not there."""
+    if value is None or value is False:
+        return f"without {flag}"
+    return f"with {flag}" if value is True else f"with {flag} {value}"
 
 
 def make_folder(path: Path) -> None:

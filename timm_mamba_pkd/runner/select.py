@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_mamba_pkd.models import count_macs
 from timm_mamba_pkd.report import (
     Candidate,
     Constraints,
     Table,
-    count_macs,
     count_params,
     describe_selection,
     measure_latency,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from timm_mamba_pkd.runner.check import StageEstimate, duration
+from timm_mamba_pkd.runner.check import StageEstimate
 
 
 def time_left(estimates: Sequence[StageEstimate], stage: int, steps: int, seconds_per_step: float) -> str:
@@ -20,3 +20,11 @@ def time_left(estimates: Sequence[StageEstimate], stage: int, steps: int, second
         return f"{duration(in_stage)} left"
     in_run = in_stage + sum(other.seconds for other in later) * seconds_per_step / own.seconds_per_step
     return f"{duration(in_stage)} left in the stage, {duration(in_run)} in the run"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"

@@ -21,8 +21,9 @@ from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
-from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.device import autocast
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
 from timm_mamba_pkd.runner.record import describe_start

@@ -11,8 +11,10 @@ from torch import nn
 from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.distributed import gather, rank, world
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.models.adaptation import adapt_to
 from timm_mamba_pkd.runner.box import Box, build_box
-from timm_mamba_pkd.runner.config import ConfigError, Job
+from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.random_state import RandomState
 
 
@@ -104,7 +106,7 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
     """The box and the progress of a run whose state was captured; the random generators stay as they are."""
     ensemble = job.student if isinstance(job.student, MambaPKDEnsemble) else None
     if ensemble is not None:
-        ensemble.adapt_to(state["modules"]["student"])
+        adapt_to(ensemble, state["modules"]["student"])
     box: Any = build_box(job, device)
     while getattr(box, "stage_number", 1) < state["stage"]:
         box.current_epoch = box.stage_end_epoch

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from timm.data import ImageDataset
-from torch.utils.data import ConcatDataset, Dataset, Subset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
 from timm_mamba_pkd.distillation.views import seeded
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
+from timm_mamba_pkd.runner.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,18 @@ class Readable(Dataset):
                 logger.warning(
                     "%s cannot be read (%s), the next sample takes its place: %d of %d in data set '%s' so far, "
                     "the run ends above %d",
-                    file_of(self.dataset, index), self._reason(index), len(self._reported), len(self), self.name,
-                    self.limit,
+                    file_of(self.dataset, index), self.reason(index) or "now it can be", len(self._reported), len(self),
+                    self.name, self.limit,
                 )  # fmt: skip
+
+    def reason(self, index: int) -> str:
+        """Why a sample cannot be read; empty where it can. No random number is drawn."""
+        try:
+            with seeded(0):
+                self.dataset[index]
+        except Exception as error:
+            return say(error)
+        return ""
 
     def _next(self, index: int, error: Exception) -> Any:
         """The first readable sample after ``index``, which gave ``error``."""
@@ -114,14 +124,6 @@ class Readable(Dataset):
                 f"{found}, which makes {count} of {len(self)}: repair them, or take them out of the data set"
             ) from error
 
-    def _reason(self, index: int) -> str:
-        try:
-            with seeded(0):  # the generators stay as they are, should it be readable now
-                self.dataset[index]
-        except Exception as error:
-            return say(error)
-        return "now it can be"
-
 
 def reporting(datasets: dict[str, Any], batches: Iterable[T]) -> Iterator[T]:
     """``batches``; `report_unreadable` before each and at the end, also one by an error."""
@@ -138,6 +140,26 @@ def report_unreadable(datasets: dict[str, Any]) -> None:
     for dataset in datasets.values():
         if isinstance(dataset, Readable):
             dataset.report()
+
+
+def all_unreadable(dataset: Readable, workers: int) -> list[str]:
+    """Each sample of ``dataset`` that cannot be read, and why: all are tried, by so many processes."""
+    reasons = DataLoader(_Reasons(dataset), batch_size=None, num_workers=workers)
+    return [reason for reason in progress(reasons, "looking for unreadable samples") if reason]
+
+
+class _Reasons(Dataset):
+    """For each sample of a data set its file and why it cannot be read; an empty string where it can."""
+
+    def __init__(self, dataset: Readable) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        reason = self.dataset.reason(index)
+        return f"{file_of(self.dataset.dataset, index)} ({reason})" if reason else ""
 
 
 class _RaisingImageDataset(ImageDataset):

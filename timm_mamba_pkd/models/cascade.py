@@ -1,0 +1,118 @@
+"""Early exit that exits: student after student runs on the images that still need it, and on no others."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a cascade says of a batch of B images.
+
+    Attributes:
+        logits: ensemble logits (B, num_classes) after the students that each image used.
+        students: how many those are, int64 (B,).
+        macs: the multiply-accumulates that they take, int64 (B,), counted as `count_macs` does.
+    """
+
+    logits: Tensor
+    students: Tensor
+    macs: Tensor
+
+
+class Steps(Protocol):
+    """One pass of images through students, one by one."""
+
+    def logits(self, position: int) -> Tensor:
+        """Logits (n, num_classes) of the student at ``position`` alone."""
+        ...
+
+    def keep(self, indices: Tensor) -> None:
+        """Go on with the images at ``indices``, int64 (n',), of the present ones alone."""
+        ...
+
+
+class Cascade(Protocol):
+    """Students that can be run one after the other: an ensemble, or the files exported from one."""
+
+    @property
+    def active_positions(self) -> list[int]:
+        """Positions of the students, in the order of evaluation."""
+        ...
+
+    def steps(self, x: Tensor) -> Steps:
+        """Begin a pass of images (B, in_chans, H, W)."""
+        ...
+
+    def step_macs(self, input_size: Sequence[int]) -> Sequence[int]:
+        """Multiply-accumulates that each of the students adds, on an image of ``input_size``."""
+        ...
+
+    def combine(self, student_logits: Sequence[Tensor]) -> Tensor:
+        """Ensemble logits (k, n, num_classes) after each of k students, from their own."""
+        ...
+
+
+class Run:
+    """A prediction in progress, which policies look at after each student.
+
+    Attributes:
+        cascade: what runs.
+        x: the images of the batch, (B, in_chans, H, W), those that have left included.
+        k: students done.
+        logits: ensemble logits (k, n, num_classes) after each of them, of the n images that are still there.
+        macs: multiply-accumulates spent so far, on all images.
+        next_macs: those that the next student takes for one image.
+    """
+
+    def __init__(self, cascade: Cascade, x: Tensor) -> None:
+        self.cascade, self.x = cascade, x
+        self.step_macs = cascade.step_macs(x.shape[1:])
+        self.k, self.macs = 0, 0
+        self.logits = x.new_empty(0)
+        self._began = time.perf_counter()
+
+    @property
+    def next_macs(self) -> int:
+        return self.step_macs[self.k]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the prediction began."""
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+        return time.perf_counter() - self._began
+
+
+@torch.no_grad()
+def run_cascade(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
+    """Predict images (B, in_chans, H, W), each with as many students as ``policy`` has it use."""
+    run = Run(cascade, x)
+    steps, positions = cascade.steps(x), cascade.active_positions
+    done: list[Tensor] = []
+    rest = torch.arange(len(x), device=x.device)
+    found: list[tuple[Tensor, Tensor, int]] = []  # who left, with what logits, after how many students
+    for k, position in enumerate(positions, start=1):
+        done.append(steps.logits(position))
+        run.k, run.macs, run.logits = k, run.macs + len(rest) * run.next_macs, cascade.combine(done)
+        going_on = policy.going_on(run) if k < len(positions) else torch.zeros_like(rest, dtype=torch.bool)
+        left = int(going_on.sum())
+        if left == len(rest):
+            continue
+        if left == 0:
+            found.append((rest, run.logits[-1], k))
+            break
+        indices, leaving = going_on.nonzero()[:, 0], going_on.logical_not().nonzero()[:, 0]
+        found.append((rest[leaving], run.logits[-1][leaving], k))
+        steps.keep(indices)
+        rest, done = rest[indices], [logits[indices] for logits in done]
+    order = torch.cat([who for who, _, _ in found]).argsort()
+    counts = torch.tensor([len(who) for who, _, _ in found], device=x.device)
+    ks = torch.tensor([k for _, _, k in found], device=x.device)
+    students = ks.repeat_interleave(counts)[order]
+    macs = torch.tensor(run.step_macs, device=x.device).cumsum(0)
+    return Prediction(torch.cat([logits for _, logits, _ in found])[order], students, macs[students - 1])
