@@ -50,6 +50,8 @@ def test_flags_of_torchdistills_script():
         ["export"],
         ["export", "mamba_pkd_s1", "--format", "tflite"],
         ["export", "mamba_pkd_s1", "--num-classes", "0"],
+        ["select", "run", "--max-macs", "x"],
+        ["select", "run", "--seed", "-1"],
         ["benchmark"],
         ["benchmark", "mamba_pkd_s1", "--batch-size", "0"],
         ["benchmark", "mamba_pkd_s1", "--img-size", "x"],
@@ -74,6 +76,7 @@ def test_bad_command_lines(words, capsys):
         (["report", "a"], "run_report"),
         (["export", "a"], "run_export"),
         (["benchmark", "a"], "run_benchmark"),
+        (["select", "a"], "run_select"),
     ],
 )
 def test_actions_and_exit_codes(words, action, monkeypatch, capsys):

@@ -47,6 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
     sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
 
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument("--data-root", metavar="DIR", help="folder of a folder of images per class, or of val/")
+    images.add_argument("--dataset", default="", metavar="NAME", help="torch/cifar10 and the like (default: images)")
+    images.add_argument("--split", default="validation", metavar="NAME", help="(default: validation)")
+    images.add_argument("-b", "--batch-size", type=positive, metavar="N", default=256, help="(default: 256)")
+    images.add_argument("-j", "--workers", type=count, metavar="N", default=4, help="(default: 4)")
+    images.add_argument("--mean", type=float, nargs="+", metavar="MEAN", help="of the pixels (default: the model's)")
+    images.add_argument("--std", type=float, nargs="+", metavar="STD", help="of the pixels (default: the model's)")
+    images.add_argument("--crop-pct", type=float, metavar="N", help="center crop (default: the model's)")
+    interpolations = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
+    images.add_argument("--interpolation", choices=interpolations, help="of the resizing (default: the model's)")
+
     check = commands.add_parser(
         "check", parents=[config, run], help="try a config without training: seconds instead of hours"
     )
@@ -71,23 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-test_only", action="store_true", help="only test the models (same as evaluate)")
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser(
-        "evaluate", parents=[run, sizes], help="test the trained models of a run, or any timm model with a checkpoint"
+        "evaluate",
+        parents=[run, sizes, images],
+        help="test the trained models of a run, or any timm model with a checkpoint",
     )
     tested = evaluate.add_mutually_exclusive_group(required=True)
     tested.add_argument("--config", help="yaml file path")
     tested.add_argument("--model", metavar="NAME", help="timm model name; the flags below are timm's validate.py's")
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
-    evaluate.add_argument("--data-root", metavar="DIR", help="folder of a folder of images per class, or of val/")
-    evaluate.add_argument("--dataset", default="", metavar="NAME", help="torch/cifar10 and the like (default: images)")
-    evaluate.add_argument("--split", default="validation", metavar="NAME", help="(default: validation)")
     evaluate.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
-    evaluate.add_argument("-b", "--batch-size", type=positive, metavar="N", default=256, help="(default: 256)")
-    evaluate.add_argument("-j", "--workers", type=count, metavar="N", default=4, help="(default: 4)")
-    evaluate.add_argument("--mean", type=float, nargs="+", metavar="MEAN", help="of the pixels (default: the model's)")
-    evaluate.add_argument("--std", type=float, nargs="+", metavar="STD", help="of the pixels (default: the model's)")
-    evaluate.add_argument("--crop-pct", type=float, metavar="N", help="center crop (default: the model's)")
-    interpolations = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming")
-    evaluate.add_argument("--interpolation", choices=interpolations, help="of the resizing (default: the model's)")
     evaluate.set_defaults(action=runner.run_evaluate)
     expand = commands.add_parser(
         "expand", parents=[config, safe], help="print the torchdistill YAML that a progressive schedule stands for"
@@ -116,6 +120,38 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     benchmark.add_argument("--results-file", help="CSV file to write, in the columns of timm's benchmark.py")
     benchmark.set_defaults(action=runner.run_benchmark)
+    select = commands.add_parser(
+        "select",
+        parents=[safe, images],
+        help="measure models on labelled samples and say which to take under constraints",
+    )
+    select.add_argument(
+        "runs", nargs="*", metavar="RUN", help="folders of runs: teacher, students, ensembles after each"
+    )
+    select.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="timm models: NAME=CHECKPOINT, local-dir:... or hf-hub:...",
+    )
+    select.add_argument(
+        "--img-size", type=positive, metavar="N", help="of --models without a run (default: the model's)"
+    )
+    select.add_argument("--max-macs", type=float, metavar="M", help="millions of multiply-accumulates per image")
+    select.add_argument("--max-params", type=float, metavar="M", help="millions of parameters")
+    select.add_argument("--max-memory", type=float, metavar="MIB", help="MiB while one image passes, weights included")
+    select.add_argument("--max-latency", type=float, metavar="MS", help="milliseconds per image at batch size 1")
+    select.add_argument("--min-accuracy", type=float, metavar="PERCENT", help="top-1 on the samples")
+    select.add_argument(
+        "--min-disagreement", type=float, default=1.0, metavar="PERCENT",
+        help="drop what predicts otherwise than a cheaper model on less of the samples than this (default: 1)",
+    )  # fmt: skip
+    select.add_argument("--propose", metavar="MODULE:FUNCTION", help="a function that proposes more candidates")
+    select.add_argument("--seed", type=seed, default=42, help="of the bootstrap (default: 42)")
+    select.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
+    select.add_argument("--output", help="folder to write to (default: select in the run's, or runs/select)")
+    select.set_defaults(action=runner.run_select)
     doctor = commands.add_parser("doctor", help="say which versions and scan backends are at hand, and why others not")
     doctor.set_defaults(action=runner.run_doctor)
     return parser

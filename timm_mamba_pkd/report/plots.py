@@ -55,6 +55,19 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         _save(_curves_figure(metrics), path)
 
 
+def plot_selection(document: Mapping[str, Any], path: str | Path) -> None:
+    """Draw top-1 accuracy over MACs of a selection's candidates, with the intervals of those on the front.
+
+    Without matplotlib nothing is written and the log says how to get it.
+
+    Args:
+        document: of `describe_selection`.
+        path: of the PNG file, replaced in one step. The folder must exist.
+    """
+    if _have_matplotlib():
+        _save(_selection_figure(document), path)
+
+
 @functools.cache
 def _have_matplotlib() -> bool:
     if importlib.util.find_spec("matplotlib"):
@@ -69,9 +82,9 @@ def _save(figure: Figure, path: str | Path) -> None:
     write_file(path, png.getvalue())
 
 
-def _accuracy_figure(rows: Sequence[Row]) -> Figure:
+def _accuracy_axes() -> tuple[Figure, Axes]:
+    """A figure of accuracies over multiply-accumulates, still empty."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -81,21 +94,13 @@ def _accuracy_figure(rows: Sequence[Row]) -> Figure:
         ylabel="top-1 accuracy (%)",
         title="Accuracy against compute",
     )
-    labels = []
-    for row in (row for row in rows if row.role == "teacher"):
-        axes.axhline(row.top1, color=_GREY, linestyle="--", linewidth=1)
-        axes.plot(1000 * row.gmacs, row.top1, "D", color=_GREY, label=f"teacher ({row.model})")
-        labels.append(_label(axes, row, "teacher", _GREY))
-    ensembles = sorted((row for row in rows if row.role == "ensemble"), key=lambda row: row.k or 0)
-    if ensembles:
-        macs, top1 = [1000 * row.gmacs for row in ensembles], [row.top1 for row in ensembles]
-        axes.plot(macs, top1, "o-", color=_BLUE, markersize=8, label="ensemble of the first k students")
-        labels += [_label(axes, row, f"k={row.k}", _BLUE) for row in ensembles]
-    students = [row for row in rows if row.role == "student"]
-    if students:
-        macs, top1 = [1000 * row.gmacs for row in students], [row.top1 for row in students]
-        axes.plot(macs, top1, "s", color=_ORANGE, markersize=4, label="student alone")
-        labels += [_label(axes, row, f"s{row.k}", _ORANGE) for row in students]
+    return figure, axes
+
+
+def _finish_accuracy(figure: Figure, axes: Axes, labels: Sequence[Annotation]) -> None:
+    """Limits, grid, ticks, legend, and the places of the labels."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     axes.margins(x=0.1, y=0.12)
     bottom, top = axes.get_ylim()
     axes.set_ylim(top=min(top, 100 + 0.12 * (100 - bottom)))
@@ -105,13 +110,57 @@ def _accuracy_figure(rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     _spread(axes, labels)
+
+
+def _accuracy_figure(rows: Sequence[Row]) -> Figure:
+    figure, axes = _accuracy_axes()
+    labels = []
+    for row in (row for row in rows if row.role == "teacher"):
+        axes.axhline(row.top1, color=_GREY, linestyle="--", linewidth=1)
+        axes.plot(1000 * row.gmacs, row.top1, "D", color=_GREY, label=f"teacher ({row.model})")
+        labels.append(_label(axes, (1000 * row.gmacs, row.top1), "teacher", _GREY))
+    ensembles = sorted((row for row in rows if row.role == "ensemble"), key=lambda row: row.k or 0)
+    if ensembles:
+        macs, top1 = [1000 * row.gmacs for row in ensembles], [row.top1 for row in ensembles]
+        axes.plot(macs, top1, "o-", color=_BLUE, markersize=8, label="ensemble of the first k students")
+        labels += [_label(axes, (x, y), f"k={row.k}", _BLUE) for row, x, y in zip(ensembles, macs, top1, strict=True)]
+    students = [row for row in rows if row.role == "student"]
+    if students:
+        macs, top1 = [1000 * row.gmacs for row in students], [row.top1 for row in students]
+        axes.plot(macs, top1, "s", color=_ORANGE, markersize=4, label="student alone")
+        labels += [_label(axes, (x, y), f"s{row.k}", _ORANGE) for row, x, y in zip(students, macs, top1, strict=True)]
+    _finish_accuracy(figure, axes, labels)
     return figure
 
 
-def _label(axes: Axes, row: Row, text: str, color: str) -> Annotation:
+def _selection_figure(document: Mapping[str, Any]) -> Figure:
+    figure, axes = _accuracy_axes()
+    front = [candidate for candidate in document["candidates"] if candidate["status"] == "front"]
+    dropped = [candidate for candidate in document["candidates"] if candidate["status"] != "front"]
+    labels = []
+    if dropped:
+        macs, top1 = [candidate["macs"] for candidate in dropped], [candidate["accuracy"] for candidate in dropped]
+        axes.plot(macs, top1, "o", color=_GREY, markersize=4, alpha=0.5, label="dropped")
+    if front:
+        macs, top1 = [candidate["macs"] for candidate in front], [candidate["accuracy"] for candidate in front]
+        axes.plot(macs, top1, "o", color=_BLUE, markersize=7, label="front, with intervals")
+        axes.vlines(macs, *zip(*(candidate["interval"] for candidate in front), strict=True), color=_BLUE, alpha=0.3)
+        names = [candidate["name"] for candidate in front]
+        labels = [_label(axes, (x, y), name, _BLUE) for name, x, y in zip(names, macs, top1, strict=True)]
+    limit = document["constraints"].get("max_macs")
+    if limit is not None:
+        axes.axvline(limit, color=_ORANGE, linestyle="--", linewidth=1, label="limit")
+    limit = document["constraints"].get("min_accuracy")
+    if limit is not None:
+        axes.axhline(limit, color=_ORANGE, linestyle="--", linewidth=1)
+    _finish_accuracy(figure, axes, labels)
+    return figure
+
+
+def _label(axes: Axes, point: tuple[float, float], text: str, color: str) -> Annotation:
     return axes.annotate(
         text,
-        (1000 * row.gmacs, row.top1),
+        point,
         xytext=(0, 0),
         textcoords="offset points",
         ha="center",

@@ -126,7 +126,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def to_text(rows: Sequence[Row]) -> str:
     """Render `rows` in aligned columns for a terminal, rounded for reading, ending in a newline."""
-    table = [_HEADINGS, *(_rounded(row) for row in rows)]
+    return in_columns([_HEADINGS, *(_rounded(row) for row in rows)])
+
+
+def in_columns(table: Sequence[Sequence[str]]) -> str:
+    """Align the cells of rows, two names on the left and then numbers, for a terminal."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for cells in table:
@@ -142,14 +146,14 @@ def _rounded(row: Row) -> tuple[str, ...]:
         row.role,
         "" if row.k is None else str(row.k),
         f"{row.top1:.2f}",
-        _significant(row.param_count),
-        _significant(1000 * row.gmacs),
-        "" if row.macs_pct is None else _significant(row.macs_pct),
-        _significant(row.ms_per_image),
+        significant(row.param_count),
+        significant(1000 * row.gmacs),
+        "" if row.macs_pct is None else significant(row.macs_pct),
+        significant(row.ms_per_image),
     )
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Round to three significant digits, never to exponents: 0.0131, 2.5 as 2.50, 556, 1814."""
     decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(decimals, 0)}f}"

@@ -6,6 +6,7 @@ from timm_mamba_pkd.runner.commands import run_check, run_doctor, run_evaluate, 
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.export import run_export
 from timm_mamba_pkd.runner.interrupts import Interrupted, ending_on_signals
+from timm_mamba_pkd.runner.select import run_select
 
 __all__ = [
     "ConfigError",
@@ -18,6 +19,7 @@ __all__ = [
     "run_expand",
     "run_export",
     "run_report",
+    "run_select",
     "run_train",
     "tensors_only",
 ]

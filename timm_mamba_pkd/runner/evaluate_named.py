@@ -2,6 +2,8 @@
 
 import argparse
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from timm_mamba_pkd.datasets import num_classes
 from timm_mamba_pkd.models import WeightsError, count_macs, load_state, read_weights
 from timm_mamba_pkd.report import count_params
 from timm_mamba_pkd.runner.device import find_device, precision
@@ -33,7 +36,27 @@ def evaluate_named(args: argparse.Namespace) -> None:
             labels that the model does not have, images that cannot be read.
     """
     device = find_device(args.device)
-    model, input_size = _model(args)
+    model, input_size = load_named(args)
+    images, config = labelled_images(args, model, input_size)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    macs, topk = count_macs(model, input_size), (1, 5) if model.num_classes >= 5 else (1,)
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    with naming_all_unreadable(images, args.workers):
+        accuracies = evaluate(model.to(device), loader, device, topk, precision(args.amp, args.amp_dtype), "test")
+    found = "  ".join(f"Acc@{k} {value:.2f}" for k, value in zip(topk, accuracies, strict=True))
+    size = "x".join(map(str, input_size))
+    print(f"{args.model}: {found}  on {len(images)} images of {num_classes(images)} classes")
+    print(
+        f"{count_params(model) / 1e6:.3g} M parameters, {macs / 1e6:.3g} MMACs; {size}, crop_pct {config['crop_pct']}, "
+        f"{config['interpolation']}, mean {_short(config['mean'])}, std {_short(config['std'])}"
+    )
+
+
+def labelled_images(
+    args: argparse.Namespace, model: Any, input_size: tuple[int, int, int]
+) -> tuple[Readable, dict[str, Any]]:
+    """The images that the flags name, as timm transforms them for ``model``, and timm's data config."""
     if input_size[0] not in (1, 3):
         raise ConfigError(f"{args.model} takes images of {input_size[0]} channels, but files have 1 or 3")
     for flag in ("mean", "std"):
@@ -42,25 +65,24 @@ def evaluate_named(args: argparse.Namespace) -> None:
     config = resolve_data_config({**vars(args), "input_size": input_size}, model=model, use_test_size=True)
     for name in ("mean", "std"):
         config[name] = adapt_to_chs(config[name], input_size[0])  # as timm's loader does
-    dataset = _dataset(args)
-    mode = "RGB" if input_size[0] == 3 else "L"
-    dataset.transform = transforms.Compose([methodcaller("convert", mode), create_transform(**config)])
-    classes = len(dataset.classes if not hasattr(dataset, "reader") else dataset.reader.class_to_idx)
+    images = open_images(args, create_transform(**config), input_size[0])
+    classes = num_classes(images) or 0
     if classes > model.num_classes:
         raise ConfigError(
             f"--data-root {args.data_root} has {classes} classes, {args.model} {model.num_classes}: they must be the "
             "classes that it was trained on"
         )
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    macs, topk = count_macs(model, input_size), (1, 5) if model.num_classes >= 5 else (1,)
-    images = Readable(dataset, args.data_root, training=False)
-    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    return images, config
+
+
+@contextmanager
+def naming_all_unreadable(images: Readable, workers: int) -> Iterator[None]:
+    """An image that cannot be read in this context is an error that names all of them."""
     try:
-        accuracies = evaluate(model.to(device), loader, device, topk, precision(args.amp, args.amp_dtype), "test")
+        yield
     except UnreadableError as error:
         traceback.clear_frames(error.__traceback__)  # with the loader's iterator, which ends its workers in order
-        broken = all_unreadable(images, args.workers)
+        broken = all_unreadable(images, workers)
         if not broken:
             raise
         shown = "; ".join(broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
@@ -68,16 +90,9 @@ def evaluate_named(args: argparse.Namespace) -> None:
             f"{len(broken)} of {len(images)} images cannot be read, so there is no result: repair or remove them: "
             f"{shown}"
         ) from error
-    found = "  ".join(f"Acc@{k} {value:.2f}" for k, value in zip(topk, accuracies, strict=True))
-    size = "x".join(map(str, input_size))
-    print(f"{args.model}: {found}  on {len(images)} images of {classes} classes")
-    print(
-        f"{count_params(model) / 1e6:.3g} M parameters, {macs / 1e6:.3g} MMACs; {size}, crop_pct {config['crop_pct']}, "
-        f"{config['interpolation']}, mean {_short(config['mean'])}, std {_short(config['std'])}"
-    )
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
+def load_named(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
     """The model with its weights. What is not given, the checkpoint's first convolution and classifier say."""
     sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     if ":" in args.model:
@@ -116,7 +131,8 @@ def _sizes(model: Any, state: dict[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _dataset(args: argparse.Namespace) -> Any:
+def open_images(args: argparse.Namespace, transform: Any, channels: int) -> Readable:
+    """The images that ``--data-root``, ``--dataset`` and ``--split`` name, made grey or coloured and transformed."""
     if args.data_root is None:
         raise ConfigError("--model needs images: name their folder by --data-root")
     root = Path(args.data_root).expanduser()
@@ -127,9 +143,12 @@ def _dataset(args: argparse.Namespace) -> Any:
             f"--dataset {args.dataset} is not supported: leave it out, or take one of timm's torch/ names"
         )
     try:
-        return create_dataset(args.dataset, str(root), args.split, input_img_mode="")  # as the files are
+        dataset: Any = create_dataset(args.dataset, str(root), args.split, input_img_mode="")  # as the files are
     except (Exception, SystemExit) as error:  # whatever a data set's constructor raises
         raise ConfigError(f"--data-root {root}: {explain(error)}") from error
+    mode = "RGB" if channels == 3 else "L"
+    dataset.transform = transforms.Compose([methodcaller("convert", mode), transform])
+    return Readable(dataset, args.data_root, training=False)
 
 
 def _short(values: tuple[float, ...]) -> str:

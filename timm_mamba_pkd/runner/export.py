@@ -4,8 +4,7 @@ import argparse
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -28,7 +27,7 @@ from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import create_named
-from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.space import size
 from timm_mamba_pkd.runner.streams import first_samples, public_class
@@ -92,7 +91,7 @@ def run_export(args: argparse.Namespace) -> None:
             subject.config.name, subject.config.path,
         )  # fmt: skip
 
-    with _folder(folder):
+    with new_folder(folder):
         images = _images(subject)
         with torch.inference_mode():
             eager_time = median_time(lambda: subject.eager(images["random"][:1]), repeats=200)
@@ -104,19 +103,6 @@ def run_export(args: argparse.Namespace) -> None:
                 _export(subject, kind, path, images, eager_time)
             if kind == "onnx" and args.int8:
                 _export_int8(subject, path, int8, images, eager_time)
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """A folder to write to; it, and those above it, are not left behind empty."""
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    make_folder(path)
-    try:
-        yield
-    finally:
-        for folder in new:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
 
 
 def _require_packages(kinds: list[str], int8: bool) -> None:

@@ -55,11 +55,11 @@ def create_named(
     return model, (channels, height, width)
 
 
-def try_image(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Raise a ConfigError if ``model``, in eval mode, cannot take an image of ``input_size``."""
+def try_image(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> int:
+    """The number of outputs of ``model``, in eval mode, or a ConfigError if it cannot take images of ``input_size``."""
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, *input_size))
+            return model(torch.zeros(1, *input_size)).shape[-1]
     except Exception as error:  # whatever a model's forward raises
         shape = "x".join(map(str, input_size))
         raise ConfigError(f"model {name} cannot take images of {shape}: {first_line(error)}") from error

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +185,16 @@ def make_folder(path: Path) -> None:
             raise PermissionError("no permission")
     except OSError as error:
         raise ConfigError(f"folder {path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """A folder to write to; it, and those above it, are not left behind empty."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield
+    finally:
+        for folder in new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()

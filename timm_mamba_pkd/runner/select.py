@@ -1,0 +1,180 @@
+"""``mamba-pkd select``: measures candidates on labelled samples and says which to take under constraints."""
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_mamba_pkd.models import count_macs
+from timm_mamba_pkd.report import (
+    Candidate,
+    Constraints,
+    Table,
+    count_params,
+    describe_selection,
+    measure_latency,
+    measure_peak_memory,
+    selection_to_text,
+    write_selection,
+)
+from timm_mamba_pkd.report.selection_report import FILES
+from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
+from timm_mamba_pkd.runner.named import try_image
+from timm_mamba_pkd.runner.pool import Member, Samples, gather
+from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.record import describe_start
+from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
+
+ROUNDS, REPEATS = 5, 10  # of timing: each round times every candidate
+
+# What --propose names: from the candidates' models by name, in eval mode, and what was measured of them, to further
+# models by new names, which take the images of the first candidate. An empty dictionary proposes nothing.
+Propose = Callable[[Mapping[str, nn.Module], Table], Mapping[str, nn.Module]]
+
+
+def run_select(args: argparse.Namespace) -> None:
+    """``mamba-pkd select``: what is wrong with the command is said before the first candidate is measured."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")  # PyTorch's profiler, which measures memory, is noisy otherwise
+    limits = ("max_macs", "max_params", "max_memory", "max_latency", "min_accuracy")
+    try:
+        constraints = Constraints(**{name: getattr(args, name) for name in limits})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not 0 <= args.min_disagreement <= 100:
+        raise ConfigError(f"--min-disagreement {args.min_disagreement:g} is not from 0 to 100 percent")
+    propose = None if args.propose is None else _find_propose(args)
+    device = find_device(args.device)
+    default = RunFolder(args.runs[0]).path if args.runs else Path("runs")
+    folder = Path(args.output).expanduser() if args.output else default / "select"
+    for name in FILES:
+        if (folder / name).exists():
+            raise ConfigError(f"{folder / name} exists already: choose another --output, or move it away")
+    pool = gather(args)
+    with new_folder(folder):
+        table = _measure(pool, device, args)
+        if propose is not None:
+            pool = [*pool, *_proposed(propose, pool, table, args)]
+            table = _measure(pool, device, args)
+        about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None)}
+        document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
+        write_selection(document, folder)
+    print(selection_to_text(document), end="")
+    print(f"\nTable, plot and page: {folder}")
+
+
+def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namespace) -> Table:
+    """Every candidate on the same samples; latencies in turns, so that a busy machine hits all."""
+    name = ""
+    try:
+        for member in pool:
+            name = member.name
+            member.model.to(device)
+        predictions, targets = _predict(pool, device)
+        rounds: list[list[float]] = [[] for _ in pool]
+        for _ in progress(range(ROUNDS), "latency"):
+            for times, member in zip(rounds, pool, strict=True):
+                name = member.name
+                times.append(measure_latency(member.model, member.samples.input_size, device, REPEATS))
+        candidates = []
+        for member, times, predicted in zip(pool, rounds, predictions, strict=True):
+            name, size = member.name, member.samples.input_size
+            candidates.append(
+                Candidate(
+                    member.name,
+                    member.kind,
+                    macs=count_macs(member.model, size) / 1e6,
+                    params=count_params(member.model) / 1e6,
+                    memory=measure_peak_memory(member.model, torch.zeros(1, *size), device) / 2**20,
+                    latency=min(times),  # of the quietest round
+                    predictions=predicted,
+                )
+            )
+    except RuntimeError as error:  # memory that is not there, or an operator that the device does not have
+        raise ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}") from error
+    return Table(candidates, targets, args.min_disagreement, args.seed)
+
+
+@torch.inference_mode()
+def _predict(pool: Sequence[Member], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """The classes that each candidate predicts, and the labels, int64 (N,).
+
+    Raises:
+        ConfigError: a label is none of a model's classes, or the candidates' samples are not the same ones.
+    """
+    predicted: dict[str, Tensor] = {}
+    first: tuple[Samples, Tensor] | None = None
+    for samples in dict.fromkeys(member.samples for member in pool):
+        group = [member for member in pool if member.samples is samples]
+        found: list[list[Tensor]] = [[] for _ in group]
+        targets = []
+        for images, labels in progress(samples, "samples"):
+            images = images.to(device)
+            for member, batches in zip(group, found, strict=True):
+                logits = member.model(images)
+                _require_classes(labels, logits.shape[-1], member)
+                batches.append(logits.argmax(-1).cpu())
+            targets.append(labels.to(torch.int64))
+        targets = torch.cat(targets)
+        if first is None:
+            first = samples, targets
+        elif not torch.equal(targets, first[1]):
+            raise ConfigError(
+                f"{samples.name} and {first[0].name} are not the same samples, so their accuracies cannot be compared: "
+                "name runs with one validation split, or labelled images by --data-root"
+            )
+        predicted |= {member.name: torch.cat(batches) for member, batches in zip(group, found, strict=True)}
+    assert first is not None
+    return [predicted[member.name] for member in pool], first[1]
+
+
+def _require_classes(labels: Tensor, outputs: int, member: Member) -> None:
+    if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+        raise ConfigError(f"the samples of {member.samples.name} have no labels: they must be classes from 0")
+    if int(labels.max()) >= outputs:
+        raise ConfigError(
+            f"{member.samples.name} has a label {int(labels.max())}, {member.name} has {outputs} classes: they must be "
+            "the classes that it was trained on"
+        )
+
+
+def _find_propose(args: argparse.Namespace) -> Propose:
+    """The function that ``--propose`` names."""
+    if args.safe_config:
+        raise ConfigError("--propose runs code, which --safe-config refuses: leave one of them out")
+    module, _, name = args.propose.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a module raises when it is imported
+        raise ConfigError(
+            f"--propose {args.propose} must be MODULE:FUNCTION of a module that can be imported: {explain(error)}"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"--propose {args.propose} is no function")
+    propose: Any = function
+    return propose
+
+
+def _proposed(propose: Propose, pool: Sequence[Member], table: Table, args: argparse.Namespace) -> list[Member]:
+    """The candidates that a function proposes; they take the images of the first candidate, and are run as this is."""
+    try:
+        models: Any = propose({member.name: member.model for member in pool}, table)
+    except Exception as error:  # whatever the function raises
+        raise ConfigError(f"--propose {args.propose}: {explain(error)}") from error
+    known = {member.name for member in pool}
+    if not isinstance(models, Mapping) or not all(
+        isinstance(name, str) and isinstance(model, nn.Module) and name not in known for name, model in models.items()
+    ):
+        raise ConfigError(f"--propose {args.propose} must return a dictionary of new names and torch modules")
+    samples = pool[0].samples
+    for name, model in models.items():
+        try_image(model.eval().cpu(), name, samples.input_size)
+    how = shlex.join(sys.orig_argv)
+    return [Member(name, "proposed", model, samples, how) for name, model in models.items()]
