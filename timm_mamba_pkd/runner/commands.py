@@ -1,7 +1,6 @@
 """What the subcommands of ``mamba-pkd`` do."""
 
 import argparse
-import ctypes
 import logging
 import os
 import platform
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchdistill.common.main_util import set_seed
-from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import CacheError
@@ -23,8 +20,7 @@ from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, 
 from timm_mamba_pkd.runner.check import StageEstimate, check
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
-from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.device import find_device, precision, precision_of_config
+from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
@@ -32,8 +28,8 @@ from timm_mamba_pkd.runner.log_file import logging_to
 from timm_mamba_pkd.runner.record import versions
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
-from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.schema import schedule_arguments
+from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
 from timm_mamba_pkd.runner.space import require_space, size
 from timm_mamba_pkd.runner.time_left import duration
 from timm_mamba_pkd.runner.tracking import tracking
@@ -57,9 +53,9 @@ FLAGS_OF_A_RUN = (  # with others it would come to other weights
 
 def run_check(args: argparse.Namespace) -> None:
     """``mamba-pkd check``: all that ``train`` checks before it trains, and what the run will take."""
-    run, device = _run_folder(args), _device(args)
+    run, device = run_folder(args), device_of(args)
     with distributed.process_group(device):
-        job, amp = _set_up(args, device)
+        job, amp = set_up(args, device)
         with distributed.failing_together(ConfigError):
             estimates = check(job, device, amp)
             written, cached = require_space(job, run.path, estimates)
@@ -94,7 +90,7 @@ def run_train(args: argparse.Namespace) -> None:
     """``mamba-pkd train``: prepare, train, test, report."""
     if args.torchcompile is not None:
         require_backend(args.torchcompile)
-    run, device = _run_folder(args), _device(args)
+    run, device = run_folder(args), device_of(args)
     try:
         with distributed.process_group(device), ExitStack() as stack:
             _train(args, run, device, stack)
@@ -115,7 +111,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             print(f"The run in {run.path} is finished; --fresh starts anew.\n")
             print(to_text(read_csv(run.path / "results.csv")))
         return
-    job, amp = _set_up(args, device)
+    job, amp = set_up(args, device)
     destination = job.destination
     with distributed.failing_together(ConfigError):
         starts = distributed.is_main() and not resuming
@@ -201,9 +197,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         evaluate_named(args)
         return
     _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
-    run, device = _run_folder(args), _device(args)
+    run, device = run_folder(args), device_of(args)
     with distributed.process_group(device):
-        job, amp = _set_up(args, device)
+        job, amp = set_up(args, device)
         checkpoint = Path(getattr(args, "checkpoint", None) or _trained_weights(args, job, run))
         logger.info("Testing the weights in %s", checkpoint)
         if checkpoint.parent == run.weights("").parent and not run.finished:
@@ -263,65 +259,6 @@ def run_doctor(args: argparse.Namespace) -> None:
         for name, backend in BACKENDS.items():
             reason = backend.unavailable(device)
             print(f"  {name}: {reason or 'can serve'}")
-
-
-def safe_folders(args: argparse.Namespace) -> Folders | None:
-    """Where a run with ``--safe-config`` may write; None without the flag."""
-    cache = None if args.cache_dir is None else Path(args.cache_dir)
-    return Folders(_run_folder(args).path, cache) if args.safe_config else None
-
-
-def _run_folder(args: argparse.Namespace) -> RunFolder:
-    return RunFolder(args.output or Path("runs") / Path(args.config).stem)
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    """The device of the flags; of several processes on a machine each has a GPU of its own."""
-    device = find_device(args.device)
-    if device.type != "cuda" or not distributed.launched():
-        return device
-    return find_device(f"cuda:{distributed.local_rank()}")
-
-
-def _set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.dtype | None]:
-    """Seed, the job of the config, and the dtype of its automatic mixed precision."""
-    with distributed.failing_together(ConfigError):
-        if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
-            raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
-    set_basic_log_config()
-    # It logs every object that a YAML file builds.
-    logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)
-    _keep_freed_memory()
-    torch.backends.cudnn.benchmark = not args.disable_cudnn_benchmark
-    job: Any = None
-    for first in (True, False):  # of a machine's processes, which may have data to download
-        with distributed.failing_together(ConfigError):
-            if first == (distributed.local_rank() == 0):
-                set_seed(args.seed)
-                job = prepare(args.config, device, args.cache_dir, safe_folders(args))
-    for warning in job.warnings if distributed.is_main() else ():
-        logger.warning(warning)
-    if distributed.rank() > 0:
-        set_seed((args.seed + distributed.rank()) % 2**32)  # the models are the same; dropout and augmentations differ
-    if args.channels_last:
-        for model in (job.teacher, job.student):
-            if model is not None:
-                model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    amp: torch.dtype | None = None
-    with distributed.failing_together(ConfigError):
-        with job.source.locating():
-            by_config = precision_of_config(job.config["train"].get("amp"))
-        amp = precision(args.amp, args.amp_dtype, by_config)
-    return job, amp
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what PyTorch frees on the CPU, which every step needs again: new pages cost several percent."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # of malloc.h
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
 
 
 def _trained_weights(args: argparse.Namespace, job: Job, run: RunFolder) -> Path:

@@ -1,0 +1,277 @@
+"""``mamba-pkd calibrate``: fits an ensemble's early exit on the validation split, and tests what it saves."""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdistill.datasets.util import build_data_loader
+
+from timm_mamba_pkd import distributed
+from timm_mamba_pkd.files import write_file
+from timm_mamba_pkd.models import Confidence, MambaPKDEnsemble, WeightsError, confidence, load_weights, save_weights
+from timm_mamba_pkd.models.calibration import Point, exits, fit_temperatures, trade_off
+from timm_mamba_pkd.report import plot_calibration
+from timm_mamba_pkd.report.calibration import auroc_of_failure, expected_calibration_error, reliability
+from timm_mamba_pkd.report.table import in_columns, significant
+from timm_mamba_pkd.runner.config import Job, named_dataset, stages
+from timm_mamba_pkd.runner.device import autocast
+from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.progress import progress
+from timm_mamba_pkd.runner.record import describe_start
+from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 10  # images leave only with a tenth of the doubt at which one on the validation split still changed its class
+BATCHES = {256: 1024, 1: 256}  # sizes of the timed batches, and on how many images at most
+CURVE = 10  # cascades that are tested beside the chosen one
+
+
+@dataclass
+class Outcome:
+    """What an ensemble says of a data set of n images.
+
+    Attributes:
+        alone: logits (N, n, C) of each student.
+        together: logits (N, n, C) of the ensemble after each.
+        targets: labels (n,).
+    """
+
+    alone: Tensor
+    together: Tensor
+    targets: Tensor
+
+    def right(self) -> Tensor:
+        """Which predictions of the ensemble after each student are right, bool (N, n)."""
+        return self.together.argmax(-1) == self.targets
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    """``mamba-pkd calibrate``: fit, save the policy with the run's ensemble, test, report."""
+    if distributed.launched():
+        raise ConfigError("calibrate works in one process: start it without torchrun")
+    run, device = run_folder(args), device_of(args)
+    if not run.finished:
+        raise ConfigError(f"{run.path} holds no finished run: train it first with mamba-pkd train")
+    with run.locked():
+        job, amp = set_up(args, device)
+        ensemble = job.student
+        if not isinstance(ensemble, MambaPKDEnsemble):
+            raise ConfigError(f"{job.source.path} trains no ensemble: early exit needs several students")
+        split, loader = _validation(job)
+        try:
+            load_weights(ensemble, run.weights("ensemble"))
+        except WeightsError as error:
+            raise ConfigError(str(error)) from error
+        if ensemble.active_positions != list(range(len(ensemble.students))) or len(ensemble.students) < 2:
+            raise ConfigError(f"the ensemble in {run.path} has not got all of at least two students trained")
+        ensemble.eval()
+        before, ensemble.policy = ensemble.policy, None
+        macs = ensemble.step_macs(job.input_size)
+        held_out = _outcome(ensemble, loader, device, amp, f"calibrating on {split}")
+        temperatures = fit_temperatures(held_out.together, held_out.targets)
+        sure = _confidences(held_out, args.measure, temperatures)
+        points = trade_off(sure, held_out.together.argmax(-1), held_out.targets, macs)
+        point = _choose(args, points, macs)
+        ensemble.policy = Confidence([point.threshold] * (len(macs) - 1), temperatures, args.measure)
+        if before is not None:
+            logger.info("The policy takes the place of %s", before)
+        save_weights(ensemble, run.weights("ensemble"))
+        tested = _outcome(ensemble, job.test_loader, device, amp, "testing")
+        document = {
+            "split": {"dataset_id": split, "samples": len(held_out.targets)},
+            "wanted": _wanted(args),
+            "measure": args.measure,
+            "policy": {"thresholds": ensemble.policy.thresholds, "temperatures": temperatures},
+            "students": _describe_students(job, held_out, tested),
+            "reliability": _reliability(ensemble.policy, tested),
+            **_compare(job, held_out, tested, points, device, amp),
+            "made_by": describe_start(device, None),
+        }
+        _report(document, run)
+
+
+def _validation(job: Job) -> tuple[str, Iterable[Any]]:
+    """The id of the config's validation split, and a loader of it.
+
+    Raises:
+        ConfigError: it is the test set.
+    """
+    config, at = stages(job.config["train"])[-1]["val_data_loader"], ("train", "val_data_loader")
+    split, dataset = named_dataset(job.config, config, at)
+    test, tested = named_dataset(job.config, job.config["test"]["test_data_loader"], ("test", "test_data_loader"))
+    if split == test or dataset is tested:
+        raise ConfigError(
+            f"val_data_loader and test_data_loader of {job.source.path} are both '{test}': thresholds are never fitted "
+            "on the test set; give the config a validation split"
+        )
+    return split, build_data_loader(dataset, config, False)
+
+
+@torch.inference_mode()
+def _outcome(
+    ensemble: MambaPKDEnsemble, loader: Iterable[Any], device: torch.device, amp: torch.dtype | None, title: str
+) -> Outcome:
+    alone, together, targets = [], [], []
+    for images, labels, *_ in progress(loader, title):
+        with autocast(device, amp):
+            students = ensemble.student_logits(images.to(device)).float()
+        alone.append(students.cpu())
+        together.append(ensemble.combine(students).cpu())
+        targets.append(labels)
+    return Outcome(torch.cat(alone, 1), torch.cat(together, 1), torch.cat(targets))
+
+
+def _confidences(outcome: Outcome, measure: str, temperatures: list[float]) -> Tensor:
+    pairs = zip(outcome.together, temperatures, strict=True)
+    return torch.stack([confidence(logits, measure, temperature) for logits, temperature in pairs])
+
+
+def _choose(args: argparse.Namespace, points: list[Point], macs: list[int]) -> Point:
+    """The cascade that the flags ask for, of ``points`` from the cheapest to that in which nobody leaves early."""
+    if args.max_macs is not None:
+        cheap = [point for point in points if point.macs <= 1e6 * args.max_macs]
+        if not cheap:
+            raise ConfigError(
+                f"--max-macs {args.max_macs:g} is below what the first student takes, {significant(macs[0] / 1e6)} "
+                "million for every image"
+            )
+        return cheap[-1]
+    if args.min_accuracy is not None:
+        good = [point for point in points if 100 * point.accuracy >= args.min_accuracy]
+        if not good:
+            best = 100 * max(point.accuracy for point in points)
+            raise ConfigError(
+                f"--min-accuracy {args.min_accuracy:g} is not reached on the validation split: the best is {best:.2f}"
+            )
+        return good[0]
+    same = next(point for point in points if point.agreement == 1)
+    wanted = 1 - (1 - same.threshold) / MARGIN
+    return next(point for point in points if point.threshold >= wanted)
+
+
+def _wanted(args: argparse.Namespace) -> str:
+    if args.max_macs is not None:
+        return f"at most {args.max_macs:g} million multiply-accumulates an image on average"
+    if args.min_accuracy is not None:
+        return f"an accuracy of at least {args.min_accuracy:g} %"
+    return "no worse than all students"
+
+
+def _describe_students(job: Job, held_out: Outcome, tested: Outcome) -> list[dict[str, Any]]:
+    """For the ensemble after each student: who leaves there, and how far its confidence can be trusted."""
+    ensemble: Any = job.student
+    policy = ensemble.policy
+    rows = []
+    left = [_exits(policy, outcome).bincount(minlength=len(ensemble.students)) for outcome in (held_out, tested)]
+    for k, name in enumerate(ensemble.names, start=1):
+        logits, right = tested.together[k - 1], tested.right()[k - 1]
+        raw, tempered = (
+            confidence(logits, "max_prob", temperature) for temperature in (1.0, policy.temperatures[k - 1])
+        )
+        rows.append(
+            {
+                "k": k,
+                "student": name,
+                "temperature": policy.temperatures[k - 1],
+                "exits_val": int(left[0][k - 1]),
+                "exits_test": int(left[1][k - 1]),
+                "top1": 100 * float(right.double().mean()),
+                "ece_untempered": expected_calibration_error(reliability(raw, right)),
+                "ece": expected_calibration_error(reliability(tempered, right)),
+                "auroc": auroc_of_failure(confidence(logits, policy.measure, policy.temperatures[k - 1]), right),
+            }
+        )
+    return rows
+
+
+def _exits(policy: Confidence, outcome: Outcome) -> Tensor:
+    return exits(_confidences(outcome, policy.measure, list(policy.temperatures)), policy.thresholds[0])
+
+
+def _reliability(policy: Confidence, tested: Outcome) -> list[list[dict[str, Any]]]:
+    """The bins of the largest tempered probability of the ensemble after each student, on the test set."""
+    sure = _confidences(tested, "max_prob", list(policy.temperatures))
+    return [
+        [asdict(part) for part in reliability(one, right)] for one, right in zip(sure, tested.right(), strict=True)
+    ]
+
+
+def _compare(
+    job: Job,
+    held_out: Outcome,
+    tested: Outcome,
+    points: list[Point],
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> dict[str, Any]:
+    """Accuracy, cost and time on the test set: of early exit, of the best single student that costs no more, of all
+    students, of the teacher, and of other thresholds.
+    """
+    ensemble: Any = job.student
+    policy, macs = ensemble.policy, ensemble.step_macs(job.input_size)
+    totals = torch.tensor(macs, dtype=torch.float64).cumsum(0)
+    rows: list[dict[str, Any]] = []
+    models: list[Callable[[Tensor], Any]] = []
+
+    def add(name: str, model: Callable[[Tensor], Any], top1: float, cost: float, **more: Any) -> None:
+        rows.append({"model": name, "top1": top1, "macs": cost, **more})
+        models.append(model)
+
+    def add_cascade(name: str, policy: Confidence, **more: Any) -> None:
+        at = _exits(policy, tested)
+        top1 = 100 * float(tested.right().gather(0, at[None]).double().mean())
+        add(name, lambda x: ensemble.predict(x, policy), top1, float(totals[at].mean()), **more)
+
+    add_cascade("early exit", policy)
+    own = {i: int(sum(ensemble.step_macs(job.input_size)[i : i + 1])) for i in range(len(macs))}
+    right = (held_out.alone.argmax(-1) == held_out.targets).sum(1).tolist()
+    allowed = [i for i, cost in own.items() if cost <= rows[0]["macs"] and ensemble.connections()[i] is None]
+    best = max(allowed, key=lambda i: right[i])
+    top1 = 100 * float((tested.alone[best].argmax(-1) == tested.targets).double().mean())
+    add(f"{ensemble.names[best]} alone", ensemble.alone(best), top1, own[best])
+    add("all students", ensemble, 100 * float(tested.right()[-1].double().mean()), float(totals[-1]))
+    if job.teacher is not None:
+        add("teacher", *_teacher(job, device, amp))
+    curve = [points[round(i * (len(points) - 1) / (CURVE - 1))] for i in range(CURVE)] if len(points) > 1 else points
+    for point in dict.fromkeys(curve):
+        other = Confidence([point.threshold] * (len(macs) - 1), policy.temperatures, policy.measure)
+        add_cascade("other threshold", other, threshold=point.threshold)
+    images = _first_images(job, max(BATCHES.values()))
+    for size, most in BATCHES.items():
+        for row, seconds in zip(rows, _in_turns(models, images[:most].split(size), device, amp), strict=True):
+            row[f"ms_at_batch_{size}"] = 1000 * seconds / min(most, len(images))
+    named = [row for row in rows if "threshold" not in row]
+    return {"results": named, "curve": [row for row in rows if "threshold" in row]}
+
+
+def _teacher(job: Job, device: torch.device, amp: torch.dtype | None) -> tuple[nn.Module, float, float]:
+    ...
+
+
+def _first_images(job: Job, count: int) -> Tensor:
+    found, loader = [], iter(job.test_loader)
+    while sum(map(len, found)) < count and (batch := next(loader, None)) is not None:
+        found.append(batch[0])
+    return torch.cat(found)[:count]
+
+
+@torch.inference_mode()
+def _in_turns(
+    models: list[Callable[[Tensor], Any]], batches: Iterable[Tensor], device: torch.device, amp: torch.dtype | None
+) -> list[float]:
+    """Seconds that each model takes for all batches; they take turns at every batch, so that other work hits all."""
+    seconds = [0.0] * len(models)
+    batches = [batch.to(device) for batch in batches]
+    with autocast(device, amp):
+        for batch in [batches[0], *batches]:
+            timed = [_seconds(model, batch) for model in models]
+            ...
+    return seconds
