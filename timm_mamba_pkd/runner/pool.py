@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from timm_mamba_pkd.datasets import num_classes
 from timm_mamba_pkd.distillation import build_model
-from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models import Agreement, MambaPKDEnsemble, Policy, WeightsError, load_weights
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate_named import (
     labelled_images,
@@ -68,6 +69,7 @@ class Member:
         model: in eval mode; images (B, C, H, W) in, logits out.
         samples: the images as it takes them.
         how: a command that runs it, or the YAML of a torchdistill model.
+        policy: of a cascade, whose model is the ensemble; None for models that take every image whole.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Member:
     model: nn.Module
     samples: Samples
     how: str
+    policy: Policy | None = None
 
 
 def gather(args: argparse.Namespace) -> list[Member]:
@@ -158,6 +161,34 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
         for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):
             how = _export(str(run.path), "--students", str(k))
             yield Member(f"ensemble_{k}", "ensemble", ensemble.first(k), samples, how)
+    yield from _cascades(run, ensemble, samples)
+
+
+def _cascades(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Samples) -> Iterator[Member]:
+    """The ensemble with early exit: by the policy that was fitted with it, and by agreement, which needs three."""
+    kwargs = {"students": list(ensemble.names), "num_classes": ensemble.num_classes, "in_chans": ensemble.in_chans}
+    kwargs |= {"img_size": tuple(ensemble.img_size), "checkpoint_path": str(run.weights("ensemble"))}
+    if ensemble.global_pool is not None:
+        kwargs["global_pool"] = ensemble.global_pool
+    arguments = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+    policies: list[tuple[str, Policy, str]] = []
+    if ensemble.policy is not None:
+        try:
+            ensemble.policy.start(ensemble, torch.zeros(1, *samples.input_size))
+            policies.append(("confidence", ensemble.policy, ""))
+        except ValueError as error:
+            logger.warning("The policy of %s is left out: %s", run.path, error)
+    if ensemble.num_active > 2:
+        policies.append(("agreement", Agreement(), "timm_mamba_pkd.models.Agreement()"))
+    for name, policy, words in policies:
+        code = (
+            f"import timm, torch, timm_mamba_pkd; model = timm.create_model('mamba_pkd_ensemble', {arguments}).eval(); "
+        )
+        code += (
+            f"print(model.predict(torch.zeros(1, {', '.join(map(str, samples.input_size))}){words and f', {words}'}))"
+        )
+        how = shlex.join(["python", "-c", code])
+        yield Member(f"cascade_{name}", "cascade", ensemble, samples, how, policy)
 
 
 def _teacher(source: Source, trained: Trained) -> tuple[nn.Module, str] | None:
