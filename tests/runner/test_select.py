@@ -154,6 +154,22 @@ def test_named_models_beside_a_run(trained, capsys):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_a_model_for_other_images_is_told(trained, build, progressive, write, caplog):
+    """A folder brings its mean and std along; those of the run's transforms are others."""
+    weights(Path("three.safetensors"), "mamba_pkd_s1", img_size=8)
+    words = ["--checkpoint", "three.safetensors", "--num-classes", "3", "--in-chans", "1", "--img-size", "8"]
+    assert main(["export", "mamba_pkd_s1", *words, "--format", "hf", "--output", "hub"]) == 0
+    normalize = build.call("torchvision.transforms.Normalize", mean=[0.25], std=[0.125])
+    steps = [build.call("torchvision.transforms.ToTensor"), normalize]
+    both = build.call("torchvision.transforms.Compose", transforms=steps)
+    for split in progressive["datasets"].values():
+        split["init"]["kwargs"]["transform"] = both
+    shutil.copy(write(progressive), trained / "config.yaml")
+    assert select(trained, "--models", "local-dir:hub/mamba_pkd_s1") == 0
+    own = "local-dir:hub/mamba_pkd_s1 is made for images of mean "
+    assert own in caplog.text and "those of fake/val of run/config.yaml are of [0.25]" in caplog.text
+
+
 def test_named_models_on_images(images, tmp_path, monkeypatch):
     """As evaluate --model sees them; 12 images, some of them large."""
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import yaml
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision import transforms
 
 from timm_mamba_pkd.datasets import num_classes
 from timm_mamba_pkd.distillation import build_model
@@ -239,7 +241,30 @@ def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Memb
             raise ConfigError("there are no labelled samples: name a folder of images by --data-root, or a run")
         images, _ = labelled_images(own, model, input_size)
         samples = _image_samples(images, args, input_size)
+    elif not checkpoint:
+        _compare_normalisation(name, model, samples)
     return Member(name, "model", model, samples, _export(*words))
+
+
+def _compare_normalisation(name: str, model: Any, samples: Samples) -> None:
+    """Warn if a model that brings its mean and std along sees images that torchvision has normalised otherwise."""
+    last = _transform(samples.images)
+    while steps := getattr(last, "transforms", None):
+        last = steps[-1]
+    if not isinstance(last, transforms.Normalize):
+        return
+    config = resolve_data_config(model=model)
+    for what in ("mean", "std"):
+        own, seen = ([round(float(value), 3) for value in values] for values in (config[what], getattr(last, what)))
+        if own != seen:
+            logger.warning("%s is made for images of %s %s, those of %s are of %s", name, what, own, samples.name, seen)
+
+
+def _transform(dataset: Any) -> Any:
+    """The transform of a data set, or of the one within it."""
+    while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "transform", None)
 
 
 def _validation_split(source: Source, trained: Trained) -> Samples:
@@ -286,10 +311,8 @@ def _size_of_sample(dataset: Any, name: str) -> tuple[int, int, int]:
 
 def _images_of_run(trained: Trained, args: argparse.Namespace) -> Samples:
     """The images of ``--data-root``, transformed as the config transforms its test images."""
-    data: Any = None if trained.test_loader is None else trained.test_loader.dataset
-    while not hasattr(data, "transform") and hasattr(data, "dataset"):
-        data = data.dataset
-    transform = getattr(data, "transform", trained.transform)
+    loader = trained.test_loader
+    transform = trained.transform if loader is None else _transform(loader.dataset)
     if transform is None:
         raise ConfigError(f"{trained.path} does not say how its images are transformed: leave --data-root out")
     return _image_samples(open_images(args, transform, trained.input_size[0]), args, trained.input_size)

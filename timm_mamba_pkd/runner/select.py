@@ -146,8 +146,12 @@ def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namesp
                 )
             )
     except RuntimeError as error:  # memory that is not there, or an operator that the device does not have
-        raise ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}") from error
+        raise _cannot_measure(name, device, error) from error
     return Table(candidates, targets, args.min_disagreement, args.seed)
+
+
+def _cannot_measure(name: str, device: torch.device, error: RuntimeError) -> ConfigError:
+    return ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}")
 
 
 @torch.inference_mode()
@@ -166,7 +170,10 @@ def _predict(pool: Sequence[Member], device: torch.device, exits: Mapping[str, _
         for images, labels in progress(samples, "samples"):
             images = images.to(device)
             for member, batches in zip(group, found, strict=True):
-                logits = _logits(member, images, exits.get(member.name))
+                try:
+                    logits = _logits(member, images, exits.get(member.name))
+                except RuntimeError as error:
+                    raise _cannot_measure(member.name, device, error) from error
                 _require_classes(labels, logits.shape[-1], member)
                 batches.append(logits.argmax(-1).cpu())
             targets.append(labels.to(torch.int64))
