@@ -13,13 +13,18 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchdistill.common.yaml_util import load_yaml_file
 
 from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.deploy import FORMATS
 from timm_mamba_pkd.distillation import build_model
-from timm_mamba_pkd.models import load_weights, save_weights
+from timm_mamba_pkd.models import Confidence, count_macs, load_weights, save_weights
+from timm_mamba_pkd.runner import pool
+from timm_mamba_pkd.runner import select as selecting
 from timm_mamba_pkd.runner.config import prepare
+from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.unreadable import Readable
 
 SIZES: dict[str, Any] = {"num_classes": 3, "in_chans": 1}
 
@@ -149,6 +154,22 @@ def test_named_models_beside_a_run(trained, capsys):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_a_model_for_other_images_is_told(trained, build, progressive, write, caplog):
+    """A folder brings its mean and std along; those of the run's transforms are others."""
+    weights(Path("three.safetensors"), "mamba_pkd_s1", img_size=8)
+    words = ["--checkpoint", "three.safetensors", "--num-classes", "3", "--in-chans", "1", "--img-size", "8"]
+    assert main(["export", "mamba_pkd_s1", *words, "--format", "hf", "--output", "hub"]) == 0
+    normalize = build.call("torchvision.transforms.Normalize", mean=[0.25], std=[0.125])
+    steps = [build.call("torchvision.transforms.ToTensor"), normalize]
+    both = build.call("torchvision.transforms.Compose", transforms=steps)
+    for split in progressive["datasets"].values():
+        split["init"]["kwargs"]["transform"] = both
+    shutil.copy(write(progressive), trained / "config.yaml")
+    assert select(trained, "--models", "local-dir:hub/mamba_pkd_s1") == 0
+    own = "local-dir:hub/mamba_pkd_s1 is made for images of mean "
+    assert own in caplog.text and "those of fake/val of run/config.yaml are of [0.25]" in caplog.text
+
+
 def test_named_models_on_images(images, tmp_path, monkeypatch):
     """As evaluate --model sees them; 12 images, some of them large."""
     monkeypatch.chdir(tmp_path)
@@ -202,6 +223,79 @@ def test_nothing_fits(trained, capsys):
     assert re.search(r"mamba_pkd_s1.*  \d+ % above --max-macs 0.001\n", out)
     document, _ = answer(trained / "select")
     assert document["front"] == [] and document["nearest_miss"]["name"] == "mamba_pkd_s1"
+
+
+def looked_up(ensemble: Any, x: torch.Tensor, leaves: Callable[[torch.Tensor, int], torch.Tensor]) -> tuple[Any, Any]:
+    """Classes and mean MACs of a cascade that computes everything first; ``leaves`` says who leaves after k."""
+    with torch.no_grad():
+        logits = torch.stack([ensemble.first(k)(x) for k in range(1, 1 + len(ensemble.students))])
+    macs = [count_macs(ensemble.first(k), (1, 8, 8)) for k in range(1, 1 + len(ensemble.students))]
+    used = torch.full((len(x),), len(macs))
+    for k in range(len(macs) - 1, 0, -1):
+        used[leaves(logits, k)] = k
+    classes = logits.argmax(-1)[used - 1, torch.arange(len(x))]
+    return classes, sum(macs[k - 1] for k in used.tolist()) / len(x)
+
+
+def test_a_fitted_cascade(trained, capsys):
+    """By the policy that the run's weights bring along; the command that runs it, runs."""
+    job = prepare(trained / "config.yaml", torch.device("cpu"))
+    ensemble: Any = job.student.eval()
+    load_weights(ensemble, trained / "weights" / "ensemble.safetensors")
+    data = [job.datasets["fake/val"][i] for i in range(12)]
+    x, labels = torch.stack([image for image, _ in data]), torch.tensor([label for _, label in data])
+    with torch.no_grad():
+        first = ensemble.first(1)(x).softmax(-1).amax(-1)
+    threshold = float(first.median())
+    ensemble.policy = Confidence([threshold])
+    save_weights(ensemble, trained / "weights" / "ensemble.safetensors")
+    classes, macs = looked_up(ensemble, x, lambda logits, k: first > threshold)
+    assert select(trained) == 0
+    capsys.readouterr()
+    _, found = answer(trained / "select")
+    cascade = found["cascade_confidence"]
+    assert cascade["kind"] == "cascade" and cascade["params"] == found["ensemble_2"]["params"]
+    assert cascade["accuracy"] == pytest.approx(100 * (classes == labels).double().mean().item())
+    assert cascade["macs"] == pytest.approx(macs / 1e6) and cascade["latency"] > 0
+    assert found["mamba_pkd_s1"]["macs"] < cascade["macs"] < found["ensemble_2"]["macs"]
+    python, flag, code = shlex.split(cascade["how"])
+    assert (python, flag) == ("python", "-c")
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("Prediction(logits=")
+
+
+def test_a_cascade_by_agreement():
+    torch.manual_seed(0)
+    students = ["mamba_pkd_s1"] * 4
+    ensemble: Any = timm.create_model("mamba_pkd_ensemble", students=students, img_size=8, **SIZES).eval()
+    for student in ensemble.students:
+        nn.init.normal_(student.head.fc.weight)
+    x, labels = torch.rand(50, 1, 8, 8), torch.randint(3, (50,))
+    data = Readable(TensorDataset(x, labels), "random", training=False)
+    samples = pool.Samples(data, "random", (1, 8, 8), batch_size=20, workers=0)
+    (member,) = pool._cascades(RunFolder("run"), ensemble, samples)
+    exits = {member.name: selecting._Exits()}
+    (predicted,), _ = selecting._predict([member], torch.device("cpu"), exits)
+
+    def leaves(logits: torch.Tensor, k: int) -> torch.Tensor:
+        both = logits.argmax(-1)
+        return (both[k - 1] == both[k - 2]) & (torch.tensor(k) > 1)
+
+    classes, macs = looked_up(ensemble, x, leaves)
+    assert torch.equal(predicted, classes) and exits[member.name].mean_macs() == pytest.approx(macs)
+    assert sum(exits[member.name].counts.values()) == 50 and len(exits[member.name].counts) > 1
+
+
+def test_students_that_are_not_active(trained, caplog):
+    job = prepare(trained / "config.yaml", torch.device("cpu"))
+    ensemble: Any = job.student.eval()
+    load_weights(ensemble, trained / "weights" / "ensemble.safetensors")
+    ensemble.policy = Confidence([0.5])
+    ensemble.set_active([1])
+    save_weights(ensemble, trained / "weights" / "ensemble.safetensors")
+    assert select(trained) == 0
+    assert set(answer(trained / "select")[1]) == {"test_resnet", "mamba_pkd_s2"}
+    assert "The policy of run is left out: the thresholds are for the first 2 students" in caplog.text
 
 
 PROPOSE = """

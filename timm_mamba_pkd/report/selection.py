@@ -23,11 +23,11 @@ class Candidate:
 
     Attributes:
         name: its own among the candidates.
-        kind: what it is: "student", "ensemble", "teacher", "model", ...
-        macs: millions of multiply-accumulates per image.
+        kind: what it is: "student", "ensemble", "cascade", "teacher", "model", ...
+        macs: millions of multiply-accumulates per image; of a cascade the mean.
         params: millions of parameters.
         memory: MiB that PyTorch holds at most while one image passes, weights included.
-        latency: milliseconds per image at batch size 1.
+        latency: milliseconds per image at batch size 1; of a cascade the mean.
         predictions: the class of each sample, int64 (N,), the samples in the same order for all candidates.
 
     Raises:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision import transforms
 
 from timm_mamba_pkd.datasets import num_classes
 from timm_mamba_pkd.distillation import build_model
-from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models import Agreement, MambaPKDEnsemble, Policy, WeightsError, load_weights
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate_named import (
     labelled_images,
@@ -68,6 +71,7 @@ class Member:
         model: in eval mode; images (B, C, H, W) in, logits out.
         samples: the images as it takes them.
         how: a command that runs it, or the YAML of a torchdistill model.
+        policy: of a cascade, whose model is the ensemble; None for models that take every image whole.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Member:
     model: nn.Module
     samples: Samples
     how: str
+    policy: Policy | None = None
 
 
 def gather(args: argparse.Namespace) -> list[Member]:
@@ -158,6 +163,34 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
         for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):
             how = _export(str(run.path), "--students", str(k))
             yield Member(f"ensemble_{k}", "ensemble", ensemble.first(k), samples, how)
+    yield from _cascades(run, ensemble, samples)
+
+
+def _cascades(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Samples) -> Iterator[Member]:
+    """The ensemble with early exit: by the policy that was fitted with it, and by agreement, which needs three."""
+    kwargs = {"students": list(ensemble.names), "num_classes": ensemble.num_classes, "in_chans": ensemble.in_chans}
+    kwargs |= {"img_size": tuple(ensemble.img_size), "checkpoint_path": str(run.weights("ensemble"))}
+    if ensemble.global_pool is not None:
+        kwargs["global_pool"] = ensemble.global_pool
+    arguments = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+    policies: list[tuple[str, Policy, str]] = []
+    if ensemble.policy is not None:
+        try:
+            ensemble.policy.start(ensemble, torch.zeros(1, *samples.input_size))
+            policies.append(("confidence", ensemble.policy, ""))
+        except ValueError as error:
+            logger.warning("The policy of %s is left out: %s", run.path, error)
+    if ensemble.num_active > 2:
+        policies.append(("agreement", Agreement(), "timm_mamba_pkd.models.Agreement()"))
+    for name, policy, words in policies:
+        code = (
+            f"import timm, torch, timm_mamba_pkd; model = timm.create_model('mamba_pkd_ensemble', {arguments}).eval(); "
+        )
+        code += (
+            f"print(model.predict(torch.zeros(1, {', '.join(map(str, samples.input_size))}){words and f', {words}'}))"
+        )
+        how = shlex.join(["python", "-c", code])
+        yield Member(f"cascade_{name}", "cascade", ensemble, samples, how, policy)
 
 
 def _teacher(source: Source, trained: Trained) -> tuple[nn.Module, str] | None:
@@ -208,7 +241,30 @@ def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Memb
             raise ConfigError("there are no labelled samples: name a folder of images by --data-root, or a run")
         images, _ = labelled_images(own, model, input_size)
         samples = _image_samples(images, args, input_size)
+    elif not checkpoint:
+        _compare_normalisation(name, model, samples)
     return Member(name, "model", model, samples, _export(*words))
+
+
+def _compare_normalisation(name: str, model: Any, samples: Samples) -> None:
+    """Warn if a model that brings its mean and std along sees images that torchvision has normalised otherwise."""
+    last = _transform(samples.images)
+    while steps := getattr(last, "transforms", None):
+        last = steps[-1]
+    if not isinstance(last, transforms.Normalize):
+        return
+    config = resolve_data_config(model=model)
+    for what in ("mean", "std"):
+        own, seen = ([round(float(value), 3) for value in values] for values in (config[what], getattr(last, what)))
+        if own != seen:
+            logger.warning("%s is made for images of %s %s, those of %s are of %s", name, what, own, samples.name, seen)
+
+
+def _transform(dataset: Any) -> Any:
+    """The transform of a data set, or of the one within it."""
+    while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "transform", None)
 
 
 def _validation_split(source: Source, trained: Trained) -> Samples:
@@ -255,10 +311,8 @@ def _size_of_sample(dataset: Any, name: str) -> tuple[int, int, int]:
 
 def _images_of_run(trained: Trained, args: argparse.Namespace) -> Samples:
     """The images of ``--data-root``, transformed as the config transforms its test images."""
-    data: Any = None if trained.test_loader is None else trained.test_loader.dataset
-    while not hasattr(data, "transform") and hasattr(data, "dataset"):
-        data = data.dataset
-    transform = getattr(data, "transform", trained.transform)
+    loader = trained.test_loader
+    transform = trained.transform if loader is None else _transform(loader.dataset)
     if transform is None:
         raise ConfigError(f"{trained.path} does not say how its images are transformed: leave --data-root out")
     return _image_samples(open_images(args, transform, trained.input_size[0]), args, trained.input_size)

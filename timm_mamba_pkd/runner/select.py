@@ -5,14 +5,16 @@ import importlib
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from timm_mamba_pkd.models import count_macs
+from timm_mamba_pkd.models import MambaPKDEnsemble, Prediction, count_macs
 from timm_mamba_pkd.report import (
     Candidate,
     Constraints,
@@ -21,6 +23,7 @@ from timm_mamba_pkd.report import (
     describe_selection,
     measure_latency,
     measure_peak_memory,
+    median_time,
     selection_to_text,
     write_selection,
 )
@@ -35,8 +38,8 @@ from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
 
 ROUNDS, REPEATS = 5, 10  # of timing: each round times every candidate
 
-# What --propose names: from the candidates' models by name, in eval mode, and what was measured of them, to further
-# models by new names, which take the images of the first candidate. An empty dictionary proposes nothing.
+# What --propose names: from the candidates' models by name (no cascades), in eval mode, and what was measured of all,
+# to further models by new names, which take the images of the first candidate. An empty dictionary proposes nothing.
 Propose = Callable[[Mapping[str, nn.Module], Table], Mapping[str, nn.Module]]
 
 
@@ -70,27 +73,72 @@ def run_select(args: argparse.Namespace) -> None:
     print(f"\nTable, plot and page: {folder}")
 
 
+@dataclass
+class _Exits:
+    """How a cascade was seen to run: for each number of students used, how many images, and one of them."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+    images: dict[int, Tensor] = field(default_factory=dict)
+    macs: int = 0
+
+    def add(self, images: Tensor, prediction: Prediction) -> None:
+        students = prediction.students.tolist()
+        self.counts.update(students)
+        self.macs += int(prediction.macs.sum())
+        for k in set(students) - set(self.images):
+            self.images[k] = images[students.index(k)][None].clone()
+
+    def mean_macs(self) -> float:
+        return self.macs / self.counts.total()
+
+    def latency(self, member: Member) -> float:
+        """Mean milliseconds of an image alone: of one that uses k students, for each k, weighted by their counts."""
+        total = 0.0
+        for k, image in self.images.items():
+            total += self.counts[k] * median_time(lambda image=image: _logits(member, image), REPEATS)
+        return total / self.counts.total()
+
+
+def _logits(member: Member, images: Tensor, exits: _Exits | None = None) -> Tensor:
+    """Logits of a candidate; what a cascade used is added to ``exits``. On CUDA they are ready."""
+    if member.policy is None:
+        logits = member.model(images)
+    else:
+        prediction = cast(MambaPKDEnsemble, member.model).predict(images, member.policy)
+        if exits is not None:
+            exits.add(images, prediction)
+        logits = prediction.logits
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return logits
+
+
 def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namespace) -> Table:
     """Every candidate on the same samples; latencies in turns, so that a busy machine hits all."""
+    exits = {member.name: _Exits() for member in pool if member.policy is not None}
     name = ""
     try:
         for member in pool:
             name = member.name
             member.model.to(device)
-        predictions, targets = _predict(pool, device)
+        predictions, targets = _predict(pool, device, exits)
         rounds: list[list[float]] = [[] for _ in pool]
         for _ in progress(range(ROUNDS), "latency"):
             for times, member in zip(rounds, pool, strict=True):
                 name = member.name
-                times.append(measure_latency(member.model, member.samples.input_size, device, REPEATS))
+                if name in exits:
+                    times.append(exits[name].latency(member))
+                else:
+                    times.append(measure_latency(member.model, member.samples.input_size, device, REPEATS))
         candidates = []
         for member, times, predicted in zip(pool, rounds, predictions, strict=True):
             name, size = member.name, member.samples.input_size
+            macs = exits[name].mean_macs() if name in exits else count_macs(member.model, size)
             candidates.append(
                 Candidate(
                     member.name,
                     member.kind,
-                    macs=count_macs(member.model, size) / 1e6,
+                    macs=macs / 1e6,
                     params=count_params(member.model) / 1e6,
                     memory=measure_peak_memory(member.model, torch.zeros(1, *size), device) / 2**20,
                     latency=min(times),  # of the quietest round
@@ -98,12 +146,16 @@ def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namesp
                 )
             )
     except RuntimeError as error:  # memory that is not there, or an operator that the device does not have
-        raise ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}") from error
+        raise _cannot_measure(name, device, error) from error
     return Table(candidates, targets, args.min_disagreement, args.seed)
 
 
+def _cannot_measure(name: str, device: torch.device, error: RuntimeError) -> ConfigError:
+    return ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}")
+
+
 @torch.inference_mode()
-def _predict(pool: Sequence[Member], device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _predict(pool: Sequence[Member], device: torch.device, exits: Mapping[str, _Exits]) -> tuple[list[Tensor], Tensor]:
     """The classes that each candidate predicts, and the labels, int64 (N,).
 
     Raises:
@@ -118,7 +170,10 @@ def _predict(pool: Sequence[Member], device: torch.device) -> tuple[list[Tensor]
         for images, labels in progress(samples, "samples"):
             images = images.to(device)
             for member, batches in zip(group, found, strict=True):
-                logits = member.model(images)
+                try:
+                    logits = _logits(member, images, exits.get(member.name))
+                except RuntimeError as error:
+                    raise _cannot_measure(member.name, device, error) from error
                 _require_classes(labels, logits.shape[-1], member)
                 batches.append(logits.argmax(-1).cpu())
             targets.append(labels.to(torch.int64))
@@ -165,7 +220,7 @@ def _find_propose(args: argparse.Namespace) -> Propose:
 def _proposed(propose: Propose, pool: Sequence[Member], table: Table, args: argparse.Namespace) -> list[Member]:
     """The candidates that a function proposes; they take the images of the first candidate, and are run as this is."""
     try:
-        models: Any = propose({member.name: member.model for member in pool}, table)
+        models: Any = propose({member.name: member.model for member in pool if member.policy is None}, table)
     except Exception as error:  # whatever the function raises
         raise ConfigError(f"--propose {args.propose}: {explain(error)}") from error
     known = {member.name for member in pool}
