@@ -13,6 +13,7 @@ from timm_mamba_pkd import runner
 from timm_mamba_pkd.deploy import FORMATS
 from timm_mamba_pkd.distributed import ProcessEnded, SaidByMain, is_main
 from timm_mamba_pkd.files import WriteError
+from timm_mamba_pkd.models import MEASURES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,6 +94,24 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
     evaluate.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     evaluate.set_defaults(action=runner.run_evaluate)
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[config, run],
+        help="fit a run's early exit on its validation split, and test it",
+    )
+    calibrate.add_argument(
+        "--measure", choices=MEASURES, default="max_prob", help="of the confidence (default: max_prob)"
+    )
+    wanted = calibrate.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--min-accuracy", type=float, metavar="PERCENT",
+        help="the cheapest early exit with this accuracy on the validation split (default: no worse than all students)",
+    )  # fmt: skip
+    wanted.add_argument(
+        "--max-macs", type=float, metavar="MILLIONS",
+        help="the longest early exit with at most so many multiply-accumulates an image on average",
+    )  # fmt: skip
+    calibrate.set_defaults(action=runner.run_calibrate)
     expand = commands.add_parser(
         "expand", parents=[config, safe], help="print the torchdistill YAML that a progressive schedule stands for"
     )

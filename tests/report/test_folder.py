@@ -46,9 +46,9 @@ def test_nothing_measured_is_an_error(tmp_path):
 def _without_matplotlib(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
-    plots._have_matplotlib.cache_clear()
+    plots.have_matplotlib.cache_clear()
     yield
-    plots._have_matplotlib.cache_clear()
+    plots.have_matplotlib.cache_clear()
 
 
 @pytest.mark.usefixtures("_without_matplotlib")

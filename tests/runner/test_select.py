@@ -282,7 +282,8 @@ def test_a_cascade_by_agreement():
         return (both[k - 1] == both[k - 2]) & (torch.tensor(k) > 1)
 
     classes, macs = looked_up(ensemble, x, leaves)
-    assert torch.equal(predicted, classes) and exits[member.name].mean_macs() == pytest.approx(macs)
+    assert torch.equal(predicted, classes)
+    assert exits[member.name].mean_macs(ensemble.step_macs((1, 8, 8))) == pytest.approx(macs)
     assert sum(exits[member.name].counts.values()) == 50 and len(exits[member.name].counts) > 1
 
 

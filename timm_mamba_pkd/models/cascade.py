@@ -16,12 +16,22 @@ class Prediction:
     Attributes:
         logits: ensemble logits (B, num_classes) after the students that each image used.
         students: how many those are, int64 (B,).
-        macs: the multiply-accumulates that they take, int64 (B,), counted as `count_macs` does.
+        macs: the multiply-accumulates spent on the whole batch, padding included, counted as `count_macs` does.
     """
 
     logits: Tensor
     students: Tensor
-    macs: Tensor
+    macs: int
+
+
+def padded(count: int) -> int:
+    """The size of the batch in which ``count`` images go on: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ...
+
+    Kernels are made, chosen or compiled for a batch size when it first comes, which takes longer than the few images
+    that are computed in vain.
+    """
+    power = 1 << max(count - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 class Steps(Protocol):
@@ -65,7 +75,7 @@ class Run:
         x: the images of the batch, (B, in_chans, H, W), those that have left included.
         k: students done.
         logits: ensemble logits (k, n, num_classes) after each of them, of the n images that are still there.
-        macs: multiply-accumulates spent so far, on all images.
+        macs: multiply-accumulates spent so far, on all images and on padding.
         next_macs: those that the next student takes for one image.
     """
 
@@ -95,10 +105,11 @@ def run_cascade(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
     steps, positions = cascade.steps(x), cascade.active_positions
     done: list[Tensor] = []
     rest = torch.arange(len(x), device=x.device)
+    size = len(x)  # of the batch that is computed, of which the first ones are the rest
     found: list[tuple[Tensor, Tensor, int]] = []  # who left, with what logits, after how many students
     for k, position in enumerate(positions, start=1):
         done.append(steps.logits(position))
-        run.k, run.macs, run.logits = k, run.macs + len(rest) * run.next_macs, cascade.combine(done)
+        run.k, run.macs, run.logits = k, run.macs + size * run.next_macs, cascade.combine(done)[:, : len(rest)]
         going_on = policy.going_on(run) if k < len(positions) else torch.zeros_like(rest, dtype=torch.bool)
         left = int(going_on.sum())
         if left == len(rest):
@@ -108,11 +119,12 @@ def run_cascade(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
             break
         indices, leaving = going_on.nonzero()[:, 0], going_on.logical_not().nonzero()[:, 0]
         found.append((rest[leaving], run.logits[-1][leaving], k))
-        steps.keep(indices)
-        rest, done = rest[indices], [logits[indices] for logits in done]
+        rest, size = rest[indices], min(padded(left), size)
+        rows = torch.cat([indices, indices[:1].expand(size - left)])
+        steps.keep(rows)
+        done = [logits[rows] for logits in done]
     order = torch.cat([who for who, _, _ in found]).argsort()
     counts = torch.tensor([len(who) for who, _, _ in found], device=x.device)
     ks = torch.tensor([k for _, _, k in found], device=x.device)
     students = ks.repeat_interleave(counts)[order]
-    macs = torch.tensor(run.step_macs, device=x.device).cumsum(0)
-    return Prediction(torch.cat([logits for _, logits, _ in found])[order], students, macs[students - 1])
+    return Prediction(torch.cat([logits for _, logits, _ in found])[order], students, run.macs)

@@ -270,8 +270,8 @@ class MambaPKDEnsemble(nn.Module):
     def predict(self, x: Tensor, policy: Policy | None = None) -> Prediction:
         """Predict images (B, in_chans, H, W) in eval mode, each by as few students as a policy lets it use.
 
-        After each student those images that leave are taken out of the batch, so that what is saved is not computed.
-        No gradients are recorded.
+        After each student those images that leave are taken out of the batch, so that what is saved is not computed;
+        the rest is padded to few sizes, see `padded`. No gradients are recorded.
 
         Args:
             x: the images.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.arguments import check_count
-from timm_mamba_pkd.models.cascade import Cascade, Run, run_cascade
+from timm_mamba_pkd.models.cascade import Cascade, Run, padded, run_cascade
 
 MEASURES = ("max_prob", "margin", "entropy")
 
@@ -175,9 +175,9 @@ _STATE = ("thresholds", "temperatures", "measure")
 class Budget:
     """The batch takes no more than so many multiply-accumulates, or milliseconds, in all.
 
-    As many images as the rest of the budget allows go on to the next student, those of the smallest largest probability
-    first. Milliseconds are counted from the call of ``predict``. What a student takes, the slowest of some runs, is
-    measured when first a batch of a new size comes to an ensemble.
+    As many images as the rest of the budget allows, in batches of the sizes of `padded`, go on to the next student,
+    those whose largest probability is smallest first. Milliseconds are counted from the call of ``predict``. What a
+    student takes, the slowest of some runs, is measured when first a batch of a new size comes to an ensemble.
 
     Raises:
         ValueError: not one of the two is given, or it is not above 0, or it does not suffice for the first student.
@@ -207,13 +207,14 @@ class Budget:
             )
 
     def going_on(self, run: Run) -> Tensor:
+        sizes = _sizes(len(run.x))
         if self.macs is not None:
-            count = int((self.macs - run.macs) // max(run.next_macs, 1))
+            fitting = [size for size in sizes if run.macs + size * run.next_macs <= self.macs]
         else:
             assert self.milliseconds is not None
-            times = _seconds(run.cascade, run.x)
-            left = self.milliseconds / 1000 - run.seconds
-            count = max((size for size, seconds in times.items() if seconds[run.k] <= left), default=0)
+            times, left = _seconds(run.cascade, run.x), self.milliseconds / 1000 - run.seconds
+            fitting = [size for size in sizes if times[size][run.k] <= left]
+        count = max(fitting, default=0)
         return _least_sure(run.logits[-1], count)
 
 
@@ -221,13 +222,17 @@ _MEASURED: WeakKeyDictionary[Any, dict[Any, dict[int, list[float]]]] = WeakKeyDi
 
 
 def _seconds(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
-    """What each student takes at most, by the number of images: powers of two, and that of the batch."""
+    """What each student takes at most, by the size of the batch."""
     known = _MEASURED.setdefault(cascade, {})
     key = x.shape, x.dtype, x.device, tuple(cascade.active_positions)
     if key not in known:
-        sizes = sorted({2**i for i in range(len(x).bit_length())} | {len(x)})
-        known[key] = {size: _slowest_steps(cascade, x[:size]) for size in sizes}
+        known[key] = {size: _slowest_steps(cascade, x[:size]) for size in _sizes(len(x))}
     return known[key]
+
+
+def _sizes(batch: int) -> list[int]:
+    """The sizes that a batch can shrink to, and its own."""
+    return sorted({size for size in map(padded, range(1, batch + 1)) if size <= batch} | {batch})
 
 
 def _least_sure(logits: Tensor, count: int) -> Tensor:

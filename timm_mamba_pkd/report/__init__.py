@@ -1,5 +1,6 @@
 """Reports: what a model costs, tables of results, and plots."""
 
+from timm_mamba_pkd.report.calibration_report import calibration_to_markdown, calibration_to_text, plot_calibration
 from timm_mamba_pkd.report.cost import count_params, measure_latency, measure_peak_memory, median_time
 from timm_mamba_pkd.report.folder import write_report
 from timm_mamba_pkd.report.metrics import read_metrics
@@ -22,12 +23,15 @@ __all__ = [
     "Table",
     "Verdict",
     "Violation",
+    "calibration_to_markdown",
+    "calibration_to_text",
     "count_params",
     "describe_selection",
     "measure_latency",
     "measure_peak_memory",
     "median_time",
     "plot_accuracy_against_macs",
+    "plot_calibration",
     "plot_curves",
     "plot_selection",
     "read_csv",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#444444"  # told apart by colour-blind readers too
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#444444"  # told apart by colour-blind readers too
 
 
 def plot_accuracy_against_macs(rows: Sequence[Row], path: str | Path) -> None:
@@ -35,8 +35,8 @@ def plot_accuracy_against_macs(rows: Sequence[Row], path: str | Path) -> None:
         rows: at least one, in any order.
         path: of the PNG file, replaced in one step. The folder must exist.
     """
-    if _have_matplotlib():
-        _save(_accuracy_figure(rows), path)
+    if have_matplotlib():
+        save_figure(_accuracy_figure(rows), path)
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -51,8 +51,8 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             "val_top1_student" (percent, of the stage's student alone, or None).
         path: of the PNG file, replaced in one step. The folder must exist.
     """
-    if _have_matplotlib():
-        _save(_curves_figure(metrics), path)
+    if have_matplotlib():
+        save_figure(_curves_figure(metrics), path)
 
 
 def plot_selection(document: Mapping[str, Any], path: str | Path) -> None:
@@ -64,19 +64,21 @@ def plot_selection(document: Mapping[str, Any], path: str | Path) -> None:
         document: of `describe_selection`.
         path: of the PNG file, replaced in one step. The folder must exist.
     """
-    if _have_matplotlib():
-        _save(_selection_figure(document), path)
+    if have_matplotlib():
+        save_figure(_selection_figure(document), path)
 
 
 @functools.cache
-def _have_matplotlib() -> bool:
+def have_matplotlib() -> bool:
+    """Whether plots can be drawn; the log says how to get what is missing, once."""
     if importlib.util.find_spec("matplotlib"):
         return True
     _logger.warning("no plots: matplotlib is missing; pip install 'timm-mamba-pkd[demo]' brings it")
     return False
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG file in one step."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=figure.dpi)
     write_file(path, png.getvalue())
@@ -116,19 +118,19 @@ def _accuracy_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = _accuracy_axes()
     labels = []
     for row in (row for row in rows if row.role == "teacher"):
-        axes.axhline(row.top1, color=_GREY, linestyle="--", linewidth=1)
-        axes.plot(1000 * row.gmacs, row.top1, "D", color=_GREY, label=f"teacher ({row.model})")
-        labels.append(_label(axes, (1000 * row.gmacs, row.top1), "teacher", _GREY))
+        axes.axhline(row.top1, color=GREY, linestyle="--", linewidth=1)
+        axes.plot(1000 * row.gmacs, row.top1, "D", color=GREY, label=f"teacher ({row.model})")
+        labels.append(_label(axes, (1000 * row.gmacs, row.top1), "teacher", GREY))
     ensembles = sorted((row for row in rows if row.role == "ensemble"), key=lambda row: row.k or 0)
     if ensembles:
         macs, top1 = [1000 * row.gmacs for row in ensembles], [row.top1 for row in ensembles]
-        axes.plot(macs, top1, "o-", color=_BLUE, markersize=8, label="ensemble of the first k students")
-        labels += [_label(axes, (x, y), f"k={row.k}", _BLUE) for row, x, y in zip(ensembles, macs, top1, strict=True)]
+        axes.plot(macs, top1, "o-", color=BLUE, markersize=8, label="ensemble of the first k students")
+        labels += [_label(axes, (x, y), f"k={row.k}", BLUE) for row, x, y in zip(ensembles, macs, top1, strict=True)]
     students = [row for row in rows if row.role == "student"]
     if students:
         macs, top1 = [1000 * row.gmacs for row in students], [row.top1 for row in students]
-        axes.plot(macs, top1, "s", color=_ORANGE, markersize=4, label="student alone")
-        labels += [_label(axes, (x, y), f"s{row.k}", _ORANGE) for row, x, y in zip(students, macs, top1, strict=True)]
+        axes.plot(macs, top1, "s", color=ORANGE, markersize=4, label="student alone")
+        labels += [_label(axes, (x, y), f"s{row.k}", ORANGE) for row, x, y in zip(students, macs, top1, strict=True)]
     _finish_accuracy(figure, axes, labels)
     return figure
 
@@ -140,19 +142,19 @@ def _selection_figure(document: Mapping[str, Any]) -> Figure:
     labels = []
     if dropped:
         macs, top1 = [candidate["macs"] for candidate in dropped], [candidate["accuracy"] for candidate in dropped]
-        axes.plot(macs, top1, "o", color=_GREY, markersize=4, alpha=0.5, label="dropped")
+        axes.plot(macs, top1, "o", color=GREY, markersize=4, alpha=0.5, label="dropped")
     if front:
         macs, top1 = [candidate["macs"] for candidate in front], [candidate["accuracy"] for candidate in front]
-        axes.plot(macs, top1, "o", color=_BLUE, markersize=7, label="front, with intervals")
-        axes.vlines(macs, *zip(*(candidate["interval"] for candidate in front), strict=True), color=_BLUE, alpha=0.3)
+        axes.plot(macs, top1, "o", color=BLUE, markersize=7, label="front, with intervals")
+        axes.vlines(macs, *zip(*(candidate["interval"] for candidate in front), strict=True), color=BLUE, alpha=0.3)
         names = [candidate["name"] for candidate in front]
-        labels = [_label(axes, (x, y), name, _BLUE) for name, x, y in zip(names, macs, top1, strict=True)]
+        labels = [_label(axes, (x, y), name, BLUE) for name, x, y in zip(names, macs, top1, strict=True)]
     limit = document["constraints"].get("max_macs")
     if limit is not None:
-        axes.axvline(limit, color=_ORANGE, linestyle="--", linewidth=1, label="limit")
+        axes.axvline(limit, color=ORANGE, linestyle="--", linewidth=1, label="limit")
     limit = document["constraints"].get("min_accuracy")
     if limit is not None:
-        axes.axhline(limit, color=_ORANGE, linestyle="--", linewidth=1)
+        axes.axhline(limit, color=ORANGE, linestyle="--", linewidth=1)
     _finish_accuracy(figure, axes, labels)
     return figure
 
@@ -214,10 +216,10 @@ def _curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     top1_axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[-1]["epoch"] + 0.5)
     top1_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     stages = [list(entries) for _, entries in groupby(metrics, key=lambda entry: entry["stage"])]
-    losses = _draw_stages(loss_axes, stages, "loss", _GREY, "-", "training loss")
-    top1s = _draw_stages(top1_axes, stages, "val_top1", _BLUE, "-", "all students so far")
+    losses = _draw_stages(loss_axes, stages, "loss", GREY, "-", "training loss")
+    top1s = _draw_stages(top1_axes, stages, "val_top1", BLUE, "-", "all students so far")
     if any(entry["val_top1_student"] is not None for entry in metrics):
-        top1s += _draw_stages(top1_axes, stages, "val_top1_student", _ORANGE, "--", "the stage's student alone")
+        top1s += _draw_stages(top1_axes, stages, "val_top1_student", ORANGE, "--", "the stage's student alone")
         figure.legend(*top1_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     if losses and min(losses) > 0:
         loss_axes.set_yscale("log")
@@ -226,7 +228,7 @@ def _curves_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in (loss_axes, top1_axes):
         axes.grid(alpha=0.2)
         for stage in stages[1:]:
-            axes.axvline(stage[0]["epoch"] - 0.5, color=_GREY, linewidth=0.8)
+            axes.axvline(stage[0]["epoch"] - 0.5, color=GREY, linewidth=0.8)
     if len(stages) > 1:
         _name_stages(loss_axes, stages)
     return figure

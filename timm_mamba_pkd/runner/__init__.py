@@ -2,6 +2,7 @@
 
 from timm_mamba_pkd.models import tensors_only
 from timm_mamba_pkd.runner.benchmark import run_benchmark
+from timm_mamba_pkd.runner.calibrate import run_calibrate
 from timm_mamba_pkd.runner.commands import run_check, run_doctor, run_evaluate, run_expand, run_report, run_train
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.export import run_export
@@ -13,6 +14,7 @@ __all__ = [
     "Interrupted",
     "ending_on_signals",
     "run_benchmark",
+    "run_calibrate",
     "run_check",
     "run_doctor",
     "run_evaluate",

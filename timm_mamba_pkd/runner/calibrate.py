@@ -4,24 +4,34 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchdistill.datasets.util import build_data_loader
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.files import write_file
-from timm_mamba_pkd.models import Confidence, MambaPKDEnsemble, WeightsError, confidence, load_weights, save_weights
+from timm_mamba_pkd.models import (
+    Confidence,
+    MambaPKDEnsemble,
+    WeightsError,
+    confidence,
+    count_macs,
+    load_weights,
+    save_weights,
+)
 from timm_mamba_pkd.models.calibration import Point, exits, fit_temperatures, trade_off
-from timm_mamba_pkd.report import plot_calibration
+from timm_mamba_pkd.report import calibration_to_markdown, calibration_to_text, plot_calibration
 from timm_mamba_pkd.report.calibration import auroc_of_failure, expected_calibration_error, reliability
-from timm_mamba_pkd.report.table import in_columns, significant
+from timm_mamba_pkd.report.table import significant
 from timm_mamba_pkd.runner.config import Job, named_dataset, stages
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
@@ -30,7 +40,8 @@ from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
 logger = logging.getLogger(__name__)
 
 MARGIN = 10  # images leave only with a tenth of the doubt at which one on the validation split still changed its class
-BATCHES = {256: 1024, 1: 256}  # sizes of the timed batches, and on how many images at most
+BATCHES = {256: 1024, 1: 128}  # sizes of the timed batches, and on how many images at most
+TURNS = 5  # of timing
 CURVE = 10  # cascades that are tested beside the chosen one
 
 
@@ -199,9 +210,7 @@ def _exits(policy: Confidence, outcome: Outcome) -> Tensor:
 def _reliability(policy: Confidence, tested: Outcome) -> list[list[dict[str, Any]]]:
     """The bins of the largest tempered probability of the ensemble after each student, on the test set."""
     sure = _confidences(tested, "max_prob", list(policy.temperatures))
-    return [
-        [asdict(part) for part in reliability(one, right)] for one, right in zip(sure, tested.right(), strict=True)
-    ]
+    return [[asdict(part) for part in reliability(one, right)] for one, right in zip(sure, tested.right(), strict=True)]
 
 
 def _compare(
@@ -216,44 +225,67 @@ def _compare(
     students, of the teacher, and of other thresholds.
     """
     ensemble: Any = job.student
-    policy, macs = ensemble.policy, ensemble.step_macs(job.input_size)
+    teacher, policy, macs = job.teacher, ensemble.policy, ensemble.step_macs(job.input_size)
     totals = torch.tensor(macs, dtype=torch.float64).cumsum(0)
     rows: list[dict[str, Any]] = []
     models: list[Callable[[Tensor], Any]] = []
 
-    def add(name: str, model: Callable[[Tensor], Any], top1: float, cost: float, **more: Any) -> None:
-        rows.append({"model": name, "top1": top1, "macs": cost, **more})
+    def add(
+        name: str, model: Callable[[Tensor], Any], students: float | None, top1: float, cost: float, **more: Any
+    ) -> None:
+        rows.append({"model": name, "students": students, "top1": top1, "macs": cost, **more})
         models.append(model)
 
-    def add_cascade(name: str, policy: Confidence, **more: Any) -> None:
-        at = _exits(policy, tested)
-        top1 = 100 * float(tested.right().gather(0, at[None]).double().mean())
-        add(name, lambda x: ensemble.predict(x, policy), top1, float(totals[at].mean()), **more)
-
-    add_cascade("early exit", policy)
-    own = {i: int(sum(ensemble.step_macs(job.input_size)[i : i + 1])) for i in range(len(macs))}
+    add("early exit", ensemble.predict, *_run(ensemble, job, device, amp))
     right = (held_out.alone.argmax(-1) == held_out.targets).sum(1).tolist()
-    allowed = [i for i, cost in own.items() if cost <= rows[0]["macs"] and ensemble.connections()[i] is None]
-    best = max(allowed, key=lambda i: right[i])
+    cheap = [i for i in range(len(macs)) if macs[i] <= rows[0]["macs"] and ensemble.connections()[i] is None]
+    best = max(cheap, key=lambda i: right[i])  # the first student, which every image uses, is among them
     top1 = 100 * float((tested.alone[best].argmax(-1) == tested.targets).double().mean())
-    add(f"{ensemble.names[best]} alone", ensemble.alone(best), top1, own[best])
-    add("all students", ensemble, 100 * float(tested.right()[-1].double().mean()), float(totals[-1]))
-    if job.teacher is not None:
-        add("teacher", *_teacher(job, device, amp))
-    curve = [points[round(i * (len(points) - 1) / (CURVE - 1))] for i in range(CURVE)] if len(points) > 1 else points
-    for point in dict.fromkeys(curve):
+    add(f"{ensemble.names[best]} alone", ensemble.alone(best), 1, top1, macs[best])
+    add("all students", ensemble, len(macs), 100 * float(tested.right()[-1].double().mean()), float(totals[-1]))
+    if teacher is not None:
+        teacher.eval()
+        top1 = evaluate(teacher, job.test_loader, device, (1,), amp, "testing the teacher")[0]
+        add("teacher", teacher, None, top1, count_macs(teacher, job.input_size))
+    for point in _spread(points):
         other = Confidence([point.threshold] * (len(macs) - 1), policy.temperatures, policy.measure)
-        add_cascade("other threshold", other, threshold=point.threshold)
-    images = _first_images(job, max(BATCHES.values()))
+        at = _exits(other, tested)
+        top1 = 100 * float(tested.right().gather(0, at[None]).double().mean())
+        cascade = partial(ensemble.predict, policy=other)
+        students = float(at.double().mean()) + 1
+        add("other threshold", cascade, students, top1, float(totals[at].mean()), threshold=point.threshold)
+    named, curve = ([row for row in rows if ("threshold" in row) is of_curve] for of_curve in (False, True))
+    images = _first_images(job, max(BATCHES.values())).to(device)
     for size, most in BATCHES.items():
-        for row, seconds in zip(rows, _in_turns(models, images[:most].split(size), device, amp), strict=True):
+        timed = rows if size > 1 else named
+        batches = images[:most].split(size)
+        for row, seconds in zip(timed, _in_turns(models[: len(timed)], batches, device, amp), strict=True):
             row[f"ms_at_batch_{size}"] = 1000 * seconds / min(most, len(images))
-    named = [row for row in rows if "threshold" not in row]
-    return {"results": named, "curve": [row for row in rows if "threshold" in row]}
+    return {"results": named, "curve": curve}
 
 
-def _teacher(job: Job, device: torch.device, amp: torch.dtype | None) -> tuple[nn.Module, float, float]:
-    ...
+@torch.inference_mode()
+def _run(
+    ensemble: MambaPKDEnsemble, job: Job, device: torch.device, amp: torch.dtype | None
+) -> tuple[float, float, float]:
+    """Students used, top-1 in percent, and multiply-accumulates, on average on the test set: by `predict` itself."""
+    students = right = macs = count = 0
+    for images, targets, *_ in progress(job.test_loader, "testing early exit"):
+        with autocast(device, amp):
+            found = ensemble.predict(images.to(device))
+        students += int(found.students.sum())
+        right += int((found.logits.argmax(-1).cpu() == targets).sum())
+        macs += found.macs
+        count += len(targets)
+    return students / count, 100 * right / count, macs / count
+
+
+def _spread(points: list[Point]) -> Iterable[Point]:
+    """At most `CURVE` cascades whose costs are spread evenly on a logarithmic scale."""
+    costs = torch.tensor([point.macs for point in points], dtype=torch.float64).log()
+    wanted = torch.linspace(float(costs.min()), float(costs.max()), CURVE, dtype=torch.float64)
+    nearest = (costs[:, None] - wanted).abs().argmin(0)
+    return [points[i] for i in nearest.unique().tolist()]
 
 
 def _first_images(job: Job, count: int) -> Tensor:
@@ -265,13 +297,31 @@ def _first_images(job: Job, count: int) -> Tensor:
 
 @torch.inference_mode()
 def _in_turns(
-    models: list[Callable[[Tensor], Any]], batches: Iterable[Tensor], device: torch.device, amp: torch.dtype | None
+    models: Sequence[Callable[[Tensor], Any]], batches: Sequence[Tensor], device: torch.device, amp: torch.dtype | None
 ) -> list[float]:
-    """Seconds that each model takes for all batches; they take turns at every batch, so that other work hits all."""
-    seconds = [0.0] * len(models)
-    batches = [batch.to(device) for batch in batches]
+    """Seconds that each model takes for all batches, right after it has seen them: the median of `TURNS`.
+
+    The models take turns, so that other work on the machine hits all.
+    """
+    seconds = torch.zeros(TURNS, len(models), dtype=torch.float64)
     with autocast(device, amp):
-        for batch in [batches[0], *batches]:
-            timed = [_seconds(model, batch) for model in models]
-            ...
-    return seconds
+        for turn in progress(range(TURNS), f"timing batches of {len(batches[0])}"):
+            for i, model in enumerate(models):
+                for _ in range(2):  # the second one counts
+                    began = time.perf_counter()
+                    for batch in batches:
+                        model(batch)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    seconds[turn, i] = time.perf_counter() - began
+    return seconds.median(0).values.tolist()
+
+
+def _report(document: dict[str, Any], run: RunFolder) -> None:
+    folder = run.path / "calibration"
+    make_folder(folder)
+    write_file(folder / "calibration.json", f"{json.dumps(document, indent=2)}\n".encode())
+    write_file(folder / "calibration.md", calibration_to_markdown(document).encode())
+    plot_calibration(document, folder / "calibration.png")
+    print(calibration_to_text(document), end="")
+    print(f"\nThe policy is saved in {run.weights('ensemble')}, the report in {folder}")

@@ -79,17 +79,16 @@ class _Exits:
 
     counts: Counter[int] = field(default_factory=Counter)
     images: dict[int, Tensor] = field(default_factory=dict)
-    macs: int = 0
 
     def add(self, images: Tensor, prediction: Prediction) -> None:
         students = prediction.students.tolist()
         self.counts.update(students)
-        self.macs += int(prediction.macs.sum())
         for k in set(students) - set(self.images):
             self.images[k] = images[students.index(k)][None].clone()
 
-    def mean_macs(self) -> float:
-        return self.macs / self.counts.total()
+    def mean_macs(self, step_macs: Sequence[int]) -> float:
+        """Of an image alone, from what each student adds."""
+        return sum(count * sum(step_macs[:k]) for k, count in self.counts.items()) / self.counts.total()
 
     def latency(self, member: Member) -> float:
         """Mean milliseconds of an image alone: of one that uses k students, for each k, weighted by their counts."""
@@ -133,7 +132,10 @@ def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namesp
         candidates = []
         for member, times, predicted in zip(pool, rounds, predictions, strict=True):
             name, size = member.name, member.samples.input_size
-            macs = exits[name].mean_macs() if name in exits else count_macs(member.model, size)
+            if isinstance(member.model, MambaPKDEnsemble) and name in exits:
+                macs = exits[name].mean_macs(member.model.step_macs(size))
+            else:
+                macs = count_macs(member.model, size)
             candidates.append(
                 Candidate(
                     member.name,

@@ -13,7 +13,7 @@ from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.device import precision, precision_of_config
+from timm_mamba_pkd.runner.device import find_device, precision, precision_of_config
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
