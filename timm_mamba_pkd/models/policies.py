@@ -223,11 +223,12 @@ _MEASURED: WeakKeyDictionary[Any, dict[Any, dict[int, list[float]]]] = WeakKeyDi
 
 def _seconds(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
     """What each student takes at most, by the size of the batch."""
-    known = _MEASURED.setdefault(cascade, {})
-    key = x.shape, x.dtype, x.device, tuple(cascade.active_positions)
-    if key not in known:
-        known[key] = {size: _slowest_steps(cascade, x[:size]) for size in _sizes(len(x))}
-    return known[key]
+    key = x.shape[1:], x.dtype, x.device, tuple(cascade.active_positions)
+    known = _MEASURED.setdefault(cascade, {}).setdefault(key, {})
+    for size in _sizes(len(x)):
+        if size not in known:
+            known[size] = _slowest_steps(cascade, x[:size])
+    return known
 
 
 def _sizes(batch: int) -> list[int]:
