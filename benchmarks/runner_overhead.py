@@ -102,7 +102,7 @@ def compare(config: Path, run: RunFolder) -> tuple[list[float], list[float], lis
         return metrics
 
     train._validate = timed
-    with run.locked(), interrupts.ending_on_signals(), tracking(job) as tracker:
+    with run.locked(), interrupts.ending_on_signals(), tracking(job, run.path) as tracker:
         run.create(config, None, {})
         trainer = Turns(job, run, CPU, train.Options(), estimates, tracker)
         trainer.train()
