@@ -114,6 +114,7 @@ def test_trade_off_as_by_a_loop(students, count, seed):
         assert point.macs == pytest.approx(torch.tensor(step_macs).cumsum(0)[at].double().mean().item())
     assert points[-1].macs == sum(step_macs) and points[-1].agreement == 1
     assert points[-1].threshold == 1
+    assert not set(sure.double().flatten().tolist()) & {point.threshold for point in points[1:-1]}
     for cheap, dear in itertools.pairwise(points):
         assert cheap.macs < dear.macs and cheap.threshold < dear.threshold
 
