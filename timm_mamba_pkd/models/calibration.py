@@ -60,15 +60,16 @@ def trade_off(
         classes: what it predicts, int64 (N, n).
         targets: int64 labels (n,).
         step_macs: multiply-accumulates that each student adds, (N).
-        most: so many thresholds at most, quantiles of the confidences where there are more of these.
+        most: so many thresholds at most, quantiles of those between the confidences where there are more of these.
     """
     costs = torch.tensor(step_macs, dtype=torch.float64).cumsum(0)
-    levels = torch.cat([torch.zeros(1), sure[:-1].flatten().sort().values, torch.ones(1)]).double()
+    levels = torch.cat([torch.zeros(1), sure[:-1].flatten(), torch.ones(1)]).double().unique()
+    levels[1:-1] = (levels[1:-1] + levels[2:]) / 2  # on a confidence, rounding would decide, which differs with batches
     if len(levels) > most:
         levels = levels[torch.linspace(0, len(levels) - 1, most).long()]
     right, agrees = (classes == targets).double(), (classes == classes[-1]).double()
     points = {}
-    for level in levels.unique().tolist():
+    for level in levels.tolist():
         at = exits(sure, level)[None]
         accuracy, agreement = (float(found.gather(0, at).mean()) for found in (right, agrees))
         points[at.sum().item()] = Point(level, accuracy, agreement, float(costs[at].mean()))

@@ -33,8 +33,9 @@ def calibration_to_markdown(document: Mapping[str, Any]) -> str:
 def _introduction(document: Mapping[str, Any]) -> str:
     split, policy = document["split"], document["policy"]
     return (
-        f"Early exit when {document['measure']} is above {policy['thresholds'][0]:.6g}, fitted on "
-        f"{split['samples']} samples of {split['dataset_id']} for {document['wanted']}. All else is of the test set."
+        f"An image leaves when its {document['measure']} is above {policy['thresholds'][0]:.6g}, fitted on "
+        f"{split['samples']} samples of {split['dataset_id']}.\nWanted there: {document['wanted']}.\n"
+        "All numbers below, but for 'leave (val)', are of the test set."
     )
 
 

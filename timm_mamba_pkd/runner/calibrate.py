@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchdistill.datasets.util import build_data_loader
 
 from timm_mamba_pkd import distributed
@@ -36,6 +36,7 @@ from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
+from timm_mamba_pkd.runner.streams import first_samples
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
     """``mamba-pkd calibrate``: fit, save the policy with the run's ensemble, test, report."""
     if distributed.launched():
         raise ConfigError("calibrate works in one process: start it without torchrun")
+    if args.min_accuracy is not None and not 0 <= args.min_accuracy <= 100:
+        raise ConfigError(f"--min-accuracy {args.min_accuracy:g} is not from 0 to 100")
     run, device = run_folder(args), device_of(args)
     if not run.finished:
         raise ConfigError(f"{run.path} holds no finished run: train it first with mamba-pkd train")
@@ -76,21 +79,32 @@ def run_calibrate(args: argparse.Namespace) -> None:
         ensemble = job.student
         if not isinstance(ensemble, MambaPKDEnsemble):
             raise ConfigError(f"{job.source.path} trains no ensemble: early exit needs several students")
+        if len(ensemble.students) < 2:
+            raise ConfigError(f"{job.source.path} trains a single student: early exit needs several")
         split, loader = _validation(job)
         try:
             load_weights(ensemble, run.weights("ensemble"))
         except WeightsError as error:
             raise ConfigError(str(error)) from error
-        if ensemble.active_positions != list(range(len(ensemble.students))) or len(ensemble.students) < 2:
-            raise ConfigError(f"the ensemble in {run.path} has not got all of at least two students trained")
+        if ensemble.active_positions != list(range(len(ensemble.students))):
+            names = ", ".join(str(position + 1) for position in ensemble.active_positions)
+            raise ConfigError(
+                f"of the {len(ensemble.students)} students in {run.weights('ensemble')}, {names} are active: "
+                "early exit needs all"
+            )
         ensemble.eval()
         before, ensemble.policy = ensemble.policy, None
         macs = ensemble.step_macs(job.input_size)
+        if args.max_macs is not None and not 1e6 * args.max_macs >= macs[0]:
+            raise ConfigError(
+                f"--max-macs {args.max_macs:g} is below what the first student takes, {significant(macs[0] / 1e6)} "
+                "million for every image"
+            )
         held_out = _outcome(ensemble, loader, device, amp, f"calibrating on {split}")
         temperatures = fit_temperatures(held_out.together, held_out.targets)
         sure = _confidences(held_out, args.measure, temperatures)
         points = trade_off(sure, held_out.together.argmax(-1), held_out.targets, macs)
-        point = _choose(args, points, macs)
+        point = _choose(args, points)
         ensemble.policy = Confidence([point.threshold] * (len(macs) - 1), temperatures, args.measure)
         if before is not None:
             logger.info("The policy takes the place of %s", before)
@@ -103,7 +117,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             "policy": {"thresholds": ensemble.policy.thresholds, "temperatures": temperatures},
             "students": _describe_students(job, held_out, tested),
             "reliability": _reliability(ensemble.policy, tested),
-            **_compare(job, held_out, tested, points, device, amp),
+            **_compare(job, None if args.student_only else job.teacher, held_out, tested, points, device, amp),
             "made_by": describe_start(device, None),
         }
         _report(document, run)
@@ -118,12 +132,19 @@ def _validation(job: Job) -> tuple[str, Iterable[Any]]:
     config, at = stages(job.config["train"])[-1]["val_data_loader"], ("train", "val_data_loader")
     split, dataset = named_dataset(job.config, config, at)
     test, tested = named_dataset(job.config, job.config["test"]["test_data_loader"], ("test", "test_data_loader"))
-    if split == test or dataset is tested:
+    if split == test or _begin_alike(dataset, tested):
+        both = f"are both '{test}'" if split == test else f"name the same samples, '{split}' and '{test}'"
         raise ConfigError(
-            f"val_data_loader and test_data_loader of {job.source.path} are both '{test}': thresholds are never fitted "
+            f"val_data_loader and test_data_loader of {job.source.path} {both}: thresholds are never fitted "
             "on the test set; give the config a validation split"
         )
     return split, build_data_loader(dataset, config, False)
+
+
+def _begin_alike(dataset: Any, other: Any) -> bool:
+    """Whether the first eight samples of two data sets are the same."""
+    pairs = zip(first_samples(dataset, 8), first_samples(other, 8), strict=False)
+    return all(torch.equal(one[0], two[0]) and int(one[1]) == int(two[1]) for one, two in pairs)
 
 
 @torch.inference_mode()
@@ -145,14 +166,14 @@ def _confidences(outcome: Outcome, measure: str, temperatures: list[float]) -> T
     return torch.stack([confidence(logits, measure, temperature) for logits, temperature in pairs])
 
 
-def _choose(args: argparse.Namespace, points: list[Point], macs: list[int]) -> Point:
+def _choose(args: argparse.Namespace, points: list[Point]) -> Point:
     """The cascade that the flags ask for, of ``points`` from the cheapest to that in which nobody leaves early."""
     if args.max_macs is not None:
         cheap = [point for point in points if point.macs <= 1e6 * args.max_macs]
-        if not cheap:
+        if not cheap:  # where the first student's largest logits are equal
             raise ConfigError(
-                f"--max-macs {args.max_macs:g} is below what the first student takes, {significant(macs[0] / 1e6)} "
-                "million for every image"
+                f"--max-macs {args.max_macs:g} is below what the cheapest early exit takes on the validation split, "
+                f"{significant(points[0].macs / 1e6)} million"
             )
         return cheap[-1]
     if args.min_accuracy is not None:
@@ -165,7 +186,7 @@ def _choose(args: argparse.Namespace, points: list[Point], macs: list[int]) -> P
         return good[0]
     same = next(point for point in points if point.agreement == 1)
     wanted = 1 - (1 - same.threshold) / MARGIN
-    return next(point for point in points if point.threshold >= wanted)
+    return next(point for point in points if point.threshold >= wanted and point.agreement == 1)
 
 
 def _wanted(args: argparse.Namespace) -> str:
@@ -215,6 +236,7 @@ def _reliability(policy: Confidence, tested: Outcome) -> list[list[dict[str, Any
 
 def _compare(
     job: Job,
+    teacher: nn.Module | None,
     held_out: Outcome,
     tested: Outcome,
     points: list[Point],
@@ -225,7 +247,7 @@ def _compare(
     students, of the teacher, and of other thresholds.
     """
     ensemble: Any = job.student
-    teacher, policy, macs = job.teacher, ensemble.policy, ensemble.step_macs(job.input_size)
+    policy, macs = ensemble.policy, ensemble.step_macs(job.input_size)
     totals = torch.tensor(macs, dtype=torch.float64).cumsum(0)
     rows: list[dict[str, Any]] = []
     models: list[Callable[[Tensor], Any]] = []
