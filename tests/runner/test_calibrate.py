@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs, save_weights
+from timm_mamba_pkd.models.calibration import Point
+from timm_mamba_pkd.runner.calibrate import _choose
 from timm_mamba_pkd.runner.config import prepare
 
 KWARGS: dict[str, Any] = {
@@ -273,6 +276,14 @@ def test_without_a_wish_nothing_changes(measure, trained, calibrate, write):
     assert document()["measure"] == ensemble.policy.measure == measure
     assert [row["exits_val"] for row in document()["students"]] == prediction.students.bincount()[1:].tolist()
     assert prediction.students.unique().tolist() == [1, 2]
+
+
+def test_a_surer_early_exit_may_agree_less():
+    """An image that left right may go on to a student that errs: then the next is taken."""
+    table = [(0.0, 0.5, 1), (0.5, 1.0, 2), (0.95, 0.9, 3), (0.97, 1.0, 4), (1.0, 1.0, 5)]
+    points = [Point(threshold, 0.5, agreement, macs) for threshold, agreement, macs in table]
+    assert _choose(Namespace(max_macs=None, min_accuracy=None), points).macs == 4
+    assert _choose(Namespace(max_macs=None, min_accuracy=None), points[-1:]).macs == 5
 
 
 def test_once_more(trained, calibrate, caplog):
