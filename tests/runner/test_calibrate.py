@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs, save_weights
+from timm_mamba_pkd.models.calibration import Point
+from timm_mamba_pkd.runner.calibrate import _choose
 from timm_mamba_pkd.runner.config import prepare
 
 KWARGS: dict[str, Any] = {
@@ -182,7 +185,8 @@ def test_the_single_student_is_the_best_on_the_validation_split_that_costs_no_mo
     row = found["results"][1]
     assert row["model"] == f"{ensemble.names[best]} alone" and row["top1"] == pytest.approx(top1)
     assert row["macs"] == count_macs(ensemble.students[best], (1, 8, 8))
-    assert calibrate(trained, "--min-accuracy", "0", "-student_only") == 0  # all leave after the first
+    assert "ms_at_batch_45" in row and "ms_at_batch_1" in row  # there are no 256 images
+    assert calibrate(trained, "--safe-config", "--min-accuracy", "0", "-student_only") == 0  # all leave after the first
     names = [row["model"] for row in document()["results"]]
     assert names == ["early exit", "mamba_pkd_s1 alone", "all students"]
 
@@ -273,6 +277,14 @@ def test_without_a_wish_nothing_changes(measure, trained, calibrate, write):
     assert document()["measure"] == ensemble.policy.measure == measure
     assert [row["exits_val"] for row in document()["students"]] == prediction.students.bincount()[1:].tolist()
     assert prediction.students.unique().tolist() == [1, 2]
+
+
+def test_a_surer_early_exit_may_agree_less():
+    """An image that left right may go on to a student that errs: then the next is taken."""
+    table = [(0.0, 0.5, 1), (0.5, 1.0, 2), (0.95, 0.9, 3), (0.97, 1.0, 4), (1.0, 1.0, 5)]
+    points = [Point(threshold, 0.5, agreement, macs) for threshold, agreement, macs in table]
+    assert _choose(Namespace(max_macs=None, min_accuracy=None), points).macs == 4
+    assert _choose(Namespace(max_macs=None, min_accuracy=None), points[-1:]).macs == 5
 
 
 def test_once_more(trained, calibrate, caplog):

@@ -41,7 +41,7 @@ from timm_mamba_pkd.runner.streams import first_samples
 logger = logging.getLogger(__name__)
 
 MARGIN = 10  # images leave only with a tenth of the doubt at which one on the validation split still changed its class
-BATCHES = {256: 1024, 1: 128}  # sizes of the timed batches, and on how many images at most
+BATCHES = {256: 1024, 1: 128}  # sizes of the timed batches, or all test images, and on how many at most
 TURNS = 5  # of timing
 CURVE = 10  # cascades that are tested beside the chosen one
 
@@ -282,7 +282,7 @@ def _compare(
         timed = rows if size > 1 else named
         batches = images[:most].split(size)
         for row, seconds in zip(timed, _in_turns(models[: len(timed)], batches, device, amp), strict=True):
-            row[f"ms_at_batch_{size}"] = 1000 * seconds / min(most, len(images))
+            row[f"ms_at_batch_{len(batches[0])}"] = 1000 * seconds / min(most, len(images))
     return {"results": named, "curve": curve}
 
 
