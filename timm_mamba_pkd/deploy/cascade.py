@@ -151,7 +151,7 @@ class OnnxCascade:
         if not path.is_file():
             raise ValueError(f"{path} is missing: the cascade is of {self.num_students} students")
         try:
-            session = open_onnx_session(path)
+            session = open_onnx_session(path, alone=False)
         except ImportError as error:
             raise ImportError(f"OnnxCascade needs onnxruntime ({error}): pip install 'timm_mamba_pkd[onnx]'") from error
         except Exception as error:  # onnxruntime's own, of many classes

@@ -114,12 +114,16 @@ def _forget_origin(proto: Any) -> None:
     del graph.value_info[:]
 
 
-def open_onnx_session(path: Path) -> Any:
-    """An ONNX file in ONNX Runtime on the CPU, on as many threads as PyTorch uses."""
+def open_onnx_session(path: Path, alone: bool = True) -> Any:
+    """An ONNX file in ONNX Runtime on the CPU, on as many threads as PyTorch uses.
+
+    A session's threads go on spinning for a while after a run, which is in the way of others unless it is ``alone``.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if alone else "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
