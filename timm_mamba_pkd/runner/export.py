@@ -83,8 +83,6 @@ def run_export(args: argparse.Namespace) -> None:
         raise ConfigError("--int8 measures the accuracy on labelled data: name a config that has them by --config")
     if args.int8 and subject.config is not None and subject.config.missing:
         raise ConfigError(f"--int8 measures the accuracy on labelled data: {subject.config.missing}")
-    if "cascade" in kinds and not isinstance(subject.whole, MambaPKDEnsemble):
-        raise ConfigError(f"--format cascade is for ensembles, and {args.model} is none")
     for kind in ("cascade", "hf"):
         if kind in kinds and not hasattr(subject.whole, "pretrained_cfg"):
             raise ConfigError(f"--format {kind} takes models of timm, and {subject.name} is none")
@@ -217,6 +215,8 @@ def _subject(
     if not isinstance(whole, MambaPKDEnsemble):
         if k is not None:
             raise ConfigError(f"--students is for ensembles, and {args.model} is none")
+        if "cascade" in args.format:
+            raise ConfigError(f"--format cascade is for ensembles, and {args.model} is none")
         return Subject(name, whole, whole, exportable, input_size, config, run)
     k = whole.num_active if k is None else k
     if not 1 <= k <= len(whole.students):
