@@ -120,11 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("output", type=Path, help="folder of the run")
     report.set_defaults(action=runner.run_report)
     export = commands.add_parser(
-        "export", parents=[safe, sizes], help="write a model as ONNX, PT2, ExecuTorch or a Hugging Face folder, checked"
+        "export",
+        parents=[safe, sizes],
+        help="write a model as ONNX, PT2, ExecuTorch, cascade or Hugging Face folder, checked",
     )
     export.add_argument("model", help="timm model name, or folder of a run")
     export.add_argument(
-        "--format", nargs="+", choices=[*FORMATS, "hf"], default=["onnx", "pt2"], help="(default: onnx pt2)"
+        "--format", nargs="+", choices=[*FORMATS, "cascade", "hf"], default=["onnx", "pt2"], help="(default: onnx pt2)"
     )
     export.add_argument("--students", type=int, metavar="K", help="the ensemble after K students (default: all)")
     export.add_argument("--checkpoint", help="weights (default: those in the run's folder)")

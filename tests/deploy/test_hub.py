@@ -14,6 +14,7 @@ from timm.models import push_to_hf_hub
 from torch import nn
 
 from timm_mamba_pkd.deploy import first_students, write_hub_folder
+from timm_mamba_pkd.models import Confidence
 
 SIZES: dict[str, Any] = {"in_chans": 1, "img_size": (9, 8), "num_classes": 4}
 NAMES = ["mamba_pkd_s1", "mamba_pkd_s2", "mamba_pkd_s1"]
@@ -86,6 +87,35 @@ def test_round_trip(make, tmp_path):
     assert card.data.library_name == "timm" and card.data.license == "mit"
     assert "# name-of-the-model" in card.text and "## Recipe\n\nstir" in card.text
     assert f"parameters: {sum(p.numel() for p in model.parameters()):,}" in card.text
+
+
+@pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_policy(measure, k, tmp_path):
+    """It goes with the folder, cut to the students that do, and the card describes it and what was measured of it."""
+    whole = ensemble_with_connections()
+    whole.policy = Confidence([0.625, 0.375], [1.5, 1.25, 0.75], measure)
+    model = first_students(whole, k, (9, 8))
+    write_hub_folder(model, tmp_path, (1, 9, 8), sections={"Early exit": "It saves half.", "Recipe": "stir"})
+    loaded: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(20, 1, 9, 8)
+    found, true = loaded.predict(x), model.predict(x)
+    assert torch.equal(found.logits, true.logits) and torch.equal(found.students, true.students)
+    assert loaded.policy.temperatures == whole.policy.temperatures[:k]
+
+    text = (tmp_path / "README.md").read_text()
+    assert "found = model.predict(x)  # images (B, 1, 9, 8)" in text
+    section = text.partition("\n## Early exit\n")[2].partition("\n## ")[0]
+    assert f"(`{measure}`)" in section and section.endswith("\n\nIt saves half.\n")
+    rows = ["| 1 | 1.5 | 0.625 |", "| 2 | 1.25 | 0.375 |", "| 3 | 0.75 |  |"]
+    assert "\n".join(rows if k == 3 else [rows[0], "| 2 | 1.25 |  |"]) in section
+    assert text.count("## Early exit") == 1 and "## Recipe\n\nstir" in text
+
+
+def test_no_early_exit_without_a_policy(tmp_path):
+    write_hub_folder(make_ensemble(), tmp_path, (1, 9, 8))
+    text = (tmp_path / "README.md").read_text()
+    assert "Early exit" not in text and "predict" not in text
 
 
 def test_fine_tuning_to_another_class_count(tmp_path):

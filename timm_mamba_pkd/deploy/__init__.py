@@ -1,6 +1,15 @@
 """Models that leave: files for other runtimes, and folders for the Hugging Face hub."""
 
+from timm_mamba_pkd.deploy.cascade import OnnxCascade, write_cascade
 from timm_mamba_pkd.deploy.formats import FORMATS, Format, quantize_onnx
 from timm_mamba_pkd.deploy.hub import first_students, write_hub_folder
 
-__all__ = ["FORMATS", "Format", "first_students", "quantize_onnx", "write_hub_folder"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "OnnxCascade",
+    "first_students",
+    "quantize_onnx",
+    "write_cascade",
+    "write_hub_folder",
+]

@@ -42,15 +42,27 @@ class Format(NamedTuple):
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
+    write_onnx(model, (images,), ["input0"], ["output0"], path)  # timm's names
+
+
+def write_onnx(
+    model: nn.Module,
+    inputs: tuple[Tensor | list[Tensor], ...],
+    input_names: list[str],
+    output_names: list[str],
+    path: Path,
+) -> None:
+    """Write ``model``, traced on ``inputs`` of at least two images, as an ONNX file; the batch is dynamic in all."""
     import onnx
 
+    batch = {0: "batch"}
     with _quiet():
         program = torch.onnx.export(
             model,
-            (images,),
-            input_names=["input0"],  # timm's names
-            output_names=["output0"],
-            dynamic_shapes=({0: "batch"},),
+            inputs,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=tuple(batch if isinstance(given, Tensor) else [batch] * len(given) for given in inputs),
             dynamo=True,
             verbose=False,
             optimize=False,
@@ -102,12 +114,21 @@ def _forget_origin(proto: Any) -> None:
     del graph.value_info[:]
 
 
-def _open_onnx(path: Path) -> Run:
+def open_onnx_session(path: Path, alone: bool = True) -> Any:
+    """An ONNX file in ONNX Runtime on the CPU, on as many threads as PyTorch uses.
+
+    A session's threads go on spinning for a while after a run, which is in the way of others unless it is ``alone``.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if alone else "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _open_onnx(path: Path) -> Run:
+    session = open_onnx_session(path)
     return lambda images: torch.from_numpy(session.run(None, {"input0": images.numpy()})[0])
 
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCardData
 from timm.models import save_for_hf
 
-from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs
+from timm_mamba_pkd.models import Confidence, MambaPKDEnsemble, count_macs
 from timm_mamba_pkd.models.arguments import check_count
 from timm_mamba_pkd.report import count_params
 
@@ -63,7 +63,7 @@ def write_hub_folder(
         folder: made when missing; its name is that of the model on the card.
         input_size: (C, H, W) of an image.
         data_config: timm's (``mean``, ``std``, ...), what the images are brought to before they enter the model.
-        sections: of the card, Markdown by heading.
+        sections: of the card, Markdown by heading; one of a heading that is there already goes on there.
     """
     data = {"input_size": input_size, **(data_config or {})}
     save_for_hf(model, str(folder), safe_serialization=True, data_config=data)
@@ -81,12 +81,16 @@ def _card(model: Any, name: str, input_size: tuple[int, int, int], sections: Map
     shape = "x".join(map(str, input_size))
     architecture = model.pretrained_cfg["architecture"]
     students = f" of {', '.join(model.names)}" if isinstance(model, MambaPKDEnsemble) else ""
+    policy = model.policy if isinstance(model, MambaPKDEnsemble) else None
     usage = (
         "```python\n"
         "import timm  # after: pip install timm_mamba_pkd\n\n"
         f'model = timm.create_model("hf-hub:OWNER/{name}", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n```"
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
     )
+    if policy is not None:
+        usage += f"found = model.predict(x)  # images (B, {', '.join(map(str, input_size))}): early exit\n"
+        usage += "found.logits, found.students, found.macs  # (B, classes); students used, (B,); of the batch\n"
     parts = {
         "Model": (
             f"- architecture: `{architecture}`{students}\n"
@@ -95,8 +99,33 @@ def _card(model: Any, name: str, input_size: tuple[int, int, int], sections: Map
             f"- multiply-accumulates of one image: {count_macs(model, input_size):,}\n"
             f"- image: {shape} (channels, height, width)"
         ),
-        "Usage": usage,
-        **sections,
+        "Usage": f"{usage}```",
+        **({} if policy is None else {"Early exit": _in_words(policy)}),
     }
+    for heading, body in sections.items():
+        parts[heading] = f"{parts[heading]}\n\n{body}" if heading in parts else body
     text = "".join(f"\n## {heading}\n\n{body}\n" for heading, body in parts.items())
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n{text}"
+
+
+_CONFIDENCE = {
+    "max_prob": "the largest probability",
+    "margin": "the difference of the two largest probabilities",
+    "entropy": "1 less the entropy's share of log(classes)",
+}
+
+
+def _in_words(policy: Confidence) -> str:
+    """A policy as the card describes it."""
+    rows = [
+        f"| {k} | {temperature:.6g} | {threshold} |"
+        for k, (temperature, threshold) in enumerate(
+            zip(policy.temperatures, [*(f"{value:.6g}" for value in policy.thresholds), ""], strict=True), start=1
+        )
+    ]
+    table = "\n".join(["| students | temperature | threshold |", "|---:|---:|---:|", *rows])
+    return (
+        "`model.predict` runs student after student on the images that still need it. An image leaves after k "
+        f"students if the ensemble's confidence, {_CONFIDENCE[policy.measure]} (`{policy.measure}`) of its logits "
+        f"divided by the temperature of k, is above the threshold of k; after the last one all leave.\n\n{table}"
+    )

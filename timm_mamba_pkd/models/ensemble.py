@@ -18,11 +18,11 @@ from timm_mamba_pkd.models.arguments import (
     check_rates,
     is_whole,
 )
-from timm_mamba_pkd.models.cascade import Prediction, run_cascade
+from timm_mamba_pkd.models.cascade import Prediction
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
 from timm_mamba_pkd.models.macs import count_macs
 from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
-from timm_mamba_pkd.models.policies import Confidence, Policy
+from timm_mamba_pkd.models.policies import Confidence, Policy, predict
 from timm_mamba_pkd.models.reuse import Pass, Reuse, run_students
 from timm_mamba_pkd.models.state_dict import classifier_names, fit_state_dict, require_architecture
 from timm_mamba_pkd.models.students import Students
@@ -280,16 +280,10 @@ class MambaPKDEnsemble(nn.Module):
         Raises:
             ValueError: there is no policy, it cannot serve this ensemble or batch, or the ensemble is in training mode.
         """
-        policy = self.policy if policy is None else policy
-        if policy is None:
-            raise ValueError("this ensemble has no policy: fit one by mamba-pkd calibrate, or give one")
-        if not hasattr(policy, "going_on"):
-            raise ValueError(f"policy must be a Confidence, Agreement, Budget or Depth, got {policy!r}")
         if self.training:
             raise ValueError("predict needs eval mode: call eval() before")
         check_images(x, self.in_chans)
-        policy.start(self, x)
-        return run_cascade(self, x, policy)
+        return predict(self, x, self.policy if policy is None else policy)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes."""

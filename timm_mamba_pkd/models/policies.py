@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.arguments import check_count
-from timm_mamba_pkd.models.cascade import Cascade, Run, padded, run_cascade
+from timm_mamba_pkd.models.cascade import Cascade, Prediction, Run, padded, run_cascade
 
 MEASURES = ("max_prob", "margin", "entropy")
 
@@ -47,6 +47,20 @@ class Policy(Protocol):
     def going_on(self, run: Run) -> Tensor:
         """Which of the images that are still there go on, bool (n,)."""
         ...
+
+
+def predict(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
+    """Predict images (B, in_chans, H, W), each with as many students as ``policy`` has it use.
+
+    Raises:
+        ValueError: there is no policy, or it cannot serve this cascade or batch.
+    """
+    if policy is None:
+        raise ValueError("there is no policy: fit one by mamba-pkd calibrate, or give one")
+    if not hasattr(policy, "going_on"):
+        raise ValueError(f"policy must be a Confidence, Agreement, Budget or Depth, got {policy!r}")
+    policy.start(cascade, x)
+    return run_cascade(cascade, x, policy)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Pass:
         if i not in self._features:
             own = self._reuse[i]
             sources = [self._features_of(j) for j in range(i - own.num_sources, i)] if own is not None else []
-            self._features[i] = _features(self._students[i], self._x, own, sources)
+            self._features[i] = stage_features(self._students[i], self._x, own, sources)
         return self._features[i]
 
 
@@ -80,7 +80,8 @@ def run_students(
     return (run.logits(position) for position in positions)
 
 
-def _features(student: Any, x: Tensor, own: Reuse | None, sources: list[list[Tensor]]) -> list[Tensor]:
+def stage_features(student: Any, x: Tensor, own: Reuse | None, sources: list[list[Tensor]]) -> list[Tensor]:
+    """Features of each stage of ``student``, from images (B, C, H, W) and, by its connections, those of ``sources``."""
     features = []
     x = student.stem(x)
     for i, stage in enumerate(student.stages):

@@ -12,15 +12,24 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import set_exportable
 from timm.models import is_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
-from timm_mamba_pkd.deploy import FORMATS, first_students, quantize_onnx, write_hub_folder
+from timm_mamba_pkd.deploy import FORMATS, OnnxCascade, first_students, quantize_onnx, write_cascade, write_hub_folder
 from timm_mamba_pkd.distillation import unknown_name
-from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models import (
+    Agreement,
+    Confidence,
+    Depth,
+    MambaPKDEnsemble,
+    WeightsError,
+    confidence,
+    load_weights,
+)
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.report import median_time
 from timm_mamba_pkd.runner.device import find_device
@@ -36,7 +45,8 @@ from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 logger = logging.getLogger(__name__)
 
 BATCHES = (1, 7)
-TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
+TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller; and of a confidence
+SUFFIXES = {**{kind: FORMATS[kind].suffix for kind in FORMATS}, "cascade": "_cascade", "hf": ""}  # two are folders
 
 Run = Callable[[Tensor], Tensor]
 
@@ -73,12 +83,13 @@ def run_export(args: argparse.Namespace) -> None:
         raise ConfigError("--int8 measures the accuracy on labelled data: name a config that has them by --config")
     if args.int8 and subject.config is not None and subject.config.missing:
         raise ConfigError(f"--int8 measures the accuracy on labelled data: {subject.config.missing}")
-    if "hf" in kinds and not hasattr(subject.whole, "pretrained_cfg"):
-        raise ConfigError(f"--format hf takes models of timm, and {subject.name} is none")
+    for kind in ("cascade", "hf"):
+        if kind in kinds and not hasattr(subject.whole, "pretrained_cfg"):
+            raise ConfigError(f"--format {kind} takes models of timm, and {subject.name} is none")
     card = _card(subject) if "hf" in kinds else {}
     run = subject.run or RunFolder(Path("runs") / subject.name)
     folder = Path(args.output).expanduser() if args.output else run.path / "export"
-    paths = {kind: folder / (subject.name + (FORMATS[kind].suffix if kind in FORMATS else "")) for kind in kinds}
+    paths = {kind: folder / (subject.name + SUFFIXES[kind]) for kind in kinds}
     int8 = folder / f"{subject.name}.int8.onnx"
     for path in [*paths.values(), *([int8] if args.int8 else [])]:
         if path.exists():
@@ -99,6 +110,8 @@ def run_export(args: argparse.Namespace) -> None:
         for kind, path in paths.items():
             if kind == "hf":
                 _export_to_hub(subject, path, images, card)
+            elif kind == "cascade":
+                _export_cascade(subject, path, images)
             else:
                 _export(subject, kind, path, images, eager_time)
             if kind == "onnx" and args.int8:
@@ -107,10 +120,12 @@ def run_export(args: argparse.Namespace) -> None:
 
 def _require_packages(kinds: list[str], int8: bool) -> None:
     for kind in kinds:
-        missing = FORMATS[kind].missing() if kind in FORMATS else []
-        if missing:
-            raise ConfigError(f"--format {kind} needs {', '.join(missing)}: pip install {FORMATS[kind].install}")
-        for package in FORMATS[kind].packages if kind in FORMATS else ():
+        if kind == "hf":
+            continue
+        written = FORMATS["onnx" if kind == "cascade" else kind]
+        if missing := written.missing():
+            raise ConfigError(f"--format {kind} needs {', '.join(missing)}: pip install {written.install}")
+        for package in written.packages:
             try:
                 import_module(package)
             except Exception as error:  # whatever a package that does not fit the others, or the system, raises
@@ -200,6 +215,8 @@ def _subject(
     if not isinstance(whole, MambaPKDEnsemble):
         if k is not None:
             raise ConfigError(f"--students is for ensembles, and {args.model} is none")
+        if "cascade" in args.format:
+            raise ConfigError(f"--format cascade is for ensembles, and {args.model} is none")
         return Subject(name, whole, whole, exportable, input_size, config, run)
     k = whole.num_active if k is None else k
     if not 1 <= k <= len(whole.students):
@@ -286,17 +303,90 @@ class _Runtime(nn.Module):
         return self.run(x)
 
 
+def _first_students(subject: Subject) -> MambaPKDEnsemble:
+    k = int(subject.name.rpartition("_")[2])
+    return first_students(subject.whole, k, subject.input_size[1:])
+
+
 def _export_to_hub(subject: Subject, path: Path, images: dict[str, Tensor], card: dict[str, str]) -> None:
-    whole = subject.whole
-    if isinstance(whole, MambaPKDEnsemble):
-        k = int(subject.name.rpartition("_")[2])
-        whole = first_students(whole, k, subject.input_size[1:])
+    whole = _first_students(subject) if isinstance(subject.whole, MambaPKDEnsemble) else subject.whole
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         partial = Path(temporary) / path.name
         write_hub_folder(whole, partial, subject.input_size, _normalisation(subject), card)
         loaded = timm.create_model(f"local-dir:{partial}", pretrained=True).eval()
         _print(partial, path, _differences(subject, loaded, images, TOLERANCE))
         os.replace(partial, path)
+
+
+def _export_cascade(subject: Subject, path: Path, images: dict[str, Tensor]) -> None:
+    ensemble = _first_students(subject)
+    with set_exportable(True):
+        exportable = _first_students(subject)
+    policy, words = (ensemble.policy, "the fitted policy") if ensemble.policy else (Agreement(), "agreement")
+    kind, batch = list(images.items())[-1]  # the real ones, if there are any
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        partial = Path(temporary) / path.name
+        try:
+            write_cascade(exportable, images["random"][:2], partial)
+            cascade = OnnxCascade(partial)
+        except Exception as error:  # whatever an exporter, or a runtime, raises on a model that it does not support
+            raise ConfigError(f"{subject.name} cannot be exported as cascade: {first_line(error)}") from error
+        found = _differences(
+            subject, lambda x: cascade.predict(x, Depth(len(ensemble.students))).logits, images, TOLERANCE
+        )
+        for name, compared in images.items():
+            for count in BATCHES:
+                _require_same_exits(subject.name, ensemble, cascade, policy, compared[:count], name)
+        eager, own = (_time_of_predict(model, batch, policy) for model in (ensemble, cascade))
+        used, count = float(cascade.predict(batch, policy).students.double().mean()), len(ensemble.students)
+        speed = f"{own:.3g} ms an image, {eager / own:.1f} times as fast as eager predict"
+        _print(partial, path, f"{found}  {speed} ({words}: {used:.3g} of {count} students, {kind})")
+        os.replace(partial, path)
+
+
+def _time_of_predict(model: MambaPKDEnsemble | OnnxCascade, images: Tensor, policy: Confidence | Agreement) -> float:
+    """Milliseconds for an image, one by one: early exit takes longer for some than for others."""
+    singly = images.split(1)
+    return median_time(lambda: [model.predict(image, policy) for image in singly], repeats=50) / len(images)
+
+
+def _require_same_exits(
+    name: str,
+    ensemble: MambaPKDEnsemble,
+    cascade: OnnxCascade,
+    policy: Confidence | Agreement,
+    x: Tensor,
+    kind: str,
+) -> None:
+    """Raise a ConfigError unless the images leave where they do in eager PyTorch, with the same logits.
+
+    An image may leave elsewhere if its confidence is within `TOLERANCE` of a threshold or, where agreement decides, its
+    two largest logits are that near to each other.
+    """
+    true, ours = ensemble.predict(x, policy), cascade.predict(x, policy)
+    with torch.no_grad():
+        steps = ensemble.combine(ensemble.student_logits(x))  # (N, B, C)
+    for i, (one, other) in enumerate(zip(true.students.tolist(), ours.students.tolist(), strict=True)):
+        if one == other:
+            difference, bound = (true.logits[i] - ours.logits[i]).abs().max(), true.logits[i].abs().max().clamp(min=1)
+            same = bool(difference <= TOLERANCE * bound)
+        else:
+            same = _undecided(steps[: min(one, other), i], policy)
+        if not same:
+            raise ConfigError(
+                f"{name} differs from eager predict on {kind}: image {i + 1} uses {other} students, not {one}, or "
+                "gets other logits: not written"
+            )
+
+
+def _undecided(steps: Tensor, policy: Confidence | Agreement) -> bool:
+    """Whether rounding decides if an image leaves with the last of ``steps``, ensemble logits (k, C)."""
+    if isinstance(policy, Confidence):
+        k = len(steps) - 1
+        sure = float(confidence(steps[-1], policy.measure, policy.temperatures[k]))
+        return abs(sure - policy.thresholds[k]) <= TOLERANCE
+    first, second = steps.topk(2).values.unbind(-1)
+    return bool((first - second <= TOLERANCE * steps.abs().amax(-1).clamp(min=1)).any())
 
 
 def _time(run: Run, images: dict[str, Tensor], eager_time: float) -> str:
@@ -329,7 +419,7 @@ def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
 
 
 def _card(subject: Subject) -> dict[str, str]:
-    """The model card's sections on the run: results, data and recipe."""
+    """The model card's sections on the run: what its early exit was measured to do, results, data and recipe."""
     config = subject.config
     if subject.run is None or config is None:
         return {}
@@ -344,7 +434,17 @@ def _card(subject: Subject) -> dict[str, str]:
     ] or [f"- `{name}`" for name in config.dataset_ids]
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     text = subject.run.config.read_text(encoding="utf-8")
+    measured = subject.run.path / "calibration" / "calibration.md"
+    policy = getattr(subject.whole, "policy", None)
+    early_exit = {}
+    if (
+        policy is not None
+        and measured.is_file()
+        and int(subject.name.rpartition("_")[2]) == len(subject.whole.students)
+    ):
+        early_exit["Early exit"] = measured.read_text(encoding="utf-8").strip()
     return {
+        **early_exit,
         "Results": f"The run that this model is of:\n\n{results.read_text(encoding='utf-8').strip()}",
         "Data": "\n".join(data),
         "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
