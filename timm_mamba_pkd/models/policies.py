@@ -191,7 +191,7 @@ class Budget:
 
     As many images as the rest of the budget allows, in batches of the sizes of `padded`, go on to the next student,
     those whose largest probability is smallest first. Milliseconds are counted from the call of ``predict``. What a
-    student takes, the slowest of some runs, is measured when first a batch of a new size comes to an ensemble.
+    student takes, twice the slowest of some runs, is measured when first a batch of a new size comes to an ensemble.
 
     Raises:
         ValueError: not one of the two is given, or it is not above 0, or it does not suffice for the first student.
@@ -241,6 +241,8 @@ def _seconds(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
     known = _MEASURED.setdefault(cascade, {}).setdefault(key, {})
     for size in _sizes(len(x)):
         if size not in known:
+            if not known:
+                run_cascade(cascade, x[:size], _Watch())  # what is made once and for all does not count
             known[size] = _slowest_steps(cascade, x[:size])
     return known
 
@@ -259,15 +261,18 @@ def _least_sure(logits: Tensor, count: int) -> Tensor:
 
 
 def _slowest_steps(cascade: Cascade, x: Tensor) -> list[float]:
-    """Seconds of the slowest of 20 runs of each student, or of as many as fit into a second, but at least 5."""
+    """Twice the slowest of 20 runs of each student, or of as many as fit into a second, but at least 5.
+
+    In seconds. The first run counts: for a batch size that has not come for a while, kernels are made anew.
+    """
     runs: list[list[float]] = []
-    while len(runs) < 7 or (len(runs) < 22 and sum(map(sum, runs)) < 1):
+    while len(runs) < 5 or (len(runs) < 20 and sum(map(sum, runs)) < 1):
         watch = _Watch()
         began = time.perf_counter()
         run_cascade(cascade, x, watch)
         moments = [0.0, *watch.moments, time.perf_counter() - began]
         runs.append([after - before for before, after in pairwise(moments)])
-    return [max(times) for times in zip(*runs[2:], strict=True)]  # the first two warm up
+    return [2 * max(times) for times in zip(*runs, strict=True)]
 
 
 class _Watch:

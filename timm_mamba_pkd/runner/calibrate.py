@@ -340,7 +340,7 @@ def _in_turns(
 
 
 def _report(document: dict[str, Any], run: RunFolder) -> None:
-    folder = run.path / "calibration"
+    folder = run.calibration
     make_folder(folder)
     write_file(folder / "calibration.json", f"{json.dumps(document, indent=2)}\n".encode())
     write_file(folder / "calibration.md", calibration_to_markdown(document).encode())

@@ -434,7 +434,7 @@ def _card(subject: Subject) -> dict[str, str]:
     ] or [f"- `{name}`" for name in config.dataset_ids]
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     text = subject.run.config.read_text(encoding="utf-8")
-    measured = subject.run.path / "calibration" / "calibration.md"
+    measured = subject.run.calibration / "calibration.md"
     policy = getattr(subject.whole, "policy", None)
     early_exit = {}
     if (

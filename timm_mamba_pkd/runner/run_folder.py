@@ -47,6 +47,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration"
+
     def weights(self, name: str) -> Path:
         return self.path / "weights" / f"{name}.safetensors"
 
@@ -69,7 +73,8 @@ class RunFolder:
     def _written(self) -> Sequence[Path]:
         weights = self.weights("").parent
         reports = [self.path / name for name in REPORT]
-        return [self.config, self.expanded, self.record, self.log, self.metrics, self.checkpoints, weights, *reports]
+        found = (self.config, self.expanded, self.record, self.log, self.metrics, self.checkpoints, self.calibration)
+        return [*found, weights, *reports]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
