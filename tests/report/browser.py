@@ -5,6 +5,8 @@
 Chromium cannot start.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import os
 import sys
