@@ -80,11 +80,11 @@ class Run:
     """
 
     def __init__(self, cascade: Cascade, x: Tensor) -> None:
+        self._began = time.perf_counter()
         self.cascade, self.x = cascade, x
         self.step_macs = cascade.step_macs(x.shape[1:])
         self.k, self.macs = 0, 0
         self.logits = x.new_empty(0)
-        self._began = time.perf_counter()
 
     @property
     def next_macs(self) -> int:
