@@ -33,6 +33,7 @@ def test_it_trains_as_eager_models_do(hooked, run, caplog):
     flags = ("--channels-last", "--model-ema", "--model-ema-decay", "0.5")
     caplog.set_level(logging.INFO)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     code, eager = run(hooked, *flags, output="eager")
     assert code == 0 and not torch._dynamo.utils.counters["frames"]
     code, folder = run(hooked, *flags, "--torchcompile", "eager")
