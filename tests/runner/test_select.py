@@ -407,20 +407,32 @@ def test_bad_input(words, message, trained, images, no_compute, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("test", "fake/test, is its test set, on which nothing may be chosen: name labelled images by --data-root"),
+        ("test", "'fake/test', is the test set, on which nothing may be fitted or chosen: name labelled images by"),
+        ("overlap", "'fake/val', shares 4 of its 12 samples with the test set, 'fake/test', on which nothing may be"),
+        ("nameless", "names no validation split: name labelled images by --data-root"),
         ("empty", "is empty: name labelled images by --data-root"),
         ("unlabelled", "are no labelled images"),
+        ("failing", "sample 0 of data set 'fake/val' cannot be read (TypeError"),
         ("gone", "cannot be read"),
     ],
 )
 def test_a_validation_split_that_cannot_serve(change, message, progressive, trained, build, write, capsys, no_compute):
     if change == "test":
         progressive["train"]["init"]["kwargs"]["val_data_loader"] = build.loader("fake/test")
+    elif change == "overlap":
+        for name, first in (("val", 0), ("test", 8)):
+            part = build.call("torch.utils.data.Subset", dataset=build.fake_images(30, offset=0))
+            part["init"]["kwargs"]["indices"] = list(range(first, first + 12))
+            progressive["datasets"][f"fake/{name}"] = part
+    elif change == "nameless":
+        progressive["train"]["init"]["kwargs"]["val_data_loader"] = build.loader("fake/other")
     elif change == "empty":
         progressive["datasets"]["fake/val"] = build.fake_images(0, offset=100)
-    elif change == "unlabelled":
-        progressive["datasets"]["fake/val"]["init"]["kwargs"]["target_transform"] = build.call("operator.itemgetter")
-        progressive["datasets"]["fake/val"]["init"]["kwargs"]["target_transform"]["init"] = {"args": [0]}
+    elif change in ("unlabelled", "failing"):
+        key, argument = ("operator.attrgetter", "__doc__") if change == "unlabelled" else ("operator.itemgetter", 0)
+        transform = build.call(key)
+        transform["init"] = {"args": [argument]}
+        progressive["datasets"]["fake/val"]["init"]["kwargs"]["target_transform"] = transform
     else:
         progressive["datasets"]["fake/val"]["init"]["kwargs"]["size"] = "many"
         progressive["datasets"]["fake/test"] = build.call("torchvision.datasets.MNIST", root="nowhere")

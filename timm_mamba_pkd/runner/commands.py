@@ -150,7 +150,9 @@ def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stac
         stack.enter_context(run.locked())
     resuming = run.begun and not run.abandoned and not args.fresh
     if resuming:
-        run.require_same(args.config, flags)
+        if not run.config.exists() or not run.record.exists():
+            raise ConfigError(f"{run.path} holds a run that cannot be resumed: choose another --output, or --fresh")
+        run.require_same(args.config, flags, "go on with the same, choose another --output, or start anew with --fresh")
     return resuming, resuming and run.finished
 
 
