@@ -328,6 +328,23 @@ def test_a_calibration_that_ends_early(trained, calibrate, monkeypatch):
     assert [path.name for path in Path("run/calibration").iterdir()] == ["old-1"]
 
 
+@pytest.mark.parametrize("progressively", [True, False])
+def test_training_on_drops_the_policy(progressively, trained, calibrate, run, build, caplog):
+    """A run that starts from calibrated weights leaves no policy, which would be of other weights than its own."""
+    assert calibrate(trained) == 0
+    models = trained["models"]
+    if not progressively:
+        trained["train"] = build.stage(log_freq=1000, model={"forward_proc": "forward_batch_only"})
+        trained["models"] = {"model": models["student_model"]}
+    (student,) = [model for role, model in trained["models"].items() if role != "teacher_model"]
+    student["src_ckpt"] = str(WEIGHTS)
+    caplog.clear()
+    assert run(trained, output="further")[0] == 0
+    assert caplog.text.count("The policy of early exit is dropped: the weights it was fitted for are ") == 1
+    found = load_file("further/weights/ensemble.safetensors")
+    assert found and not any(name.startswith("policy.") for name in found)
+
+
 @pytest.fixture
 def no_compute(monkeypatch):
     def fail(*args: Any) -> None:

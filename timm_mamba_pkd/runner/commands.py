@@ -112,6 +112,8 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             print(to_text(read_csv(run.path / "results.csv")))
         return
     job, amp = set_up(args, device)
+    if isinstance(job.student, MambaPKDEnsemble):
+        job.student.drop_policy("are to be trained")
     destination = job.destination
     with distributed.failing_together(ConfigError):
         starts = distributed.is_main() and not resuming
