@@ -200,7 +200,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ConfigError("evaluate --model works in one process: start it without torchrun")
         evaluate_named(args)
         return
-    _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
+    flags = ("data_root", "dataset", "num_classes", "in_chans", "img_size", "model_kwargs", "mean", "std", "crop_pct")
+    _refuse(args, flags, "--model")
     run, device = run_folder(args), device_of(args)
     with distributed.process_group(device):
         job, amp = set_up(args, device)

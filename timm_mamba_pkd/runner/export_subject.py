@@ -78,6 +78,8 @@ def find_subject(args: argparse.Namespace) -> Subject:
         return _find_in_run(args, RunFolder(path))
     if ":" in args.model and (args.num_classes is not None or args.in_chans is not None):
         raise ConfigError(f"--num-classes and --in-chans are those of {args.model}: leave them out")
+    if ":" in args.model and args.model_kwargs:
+        raise ConfigError(f"--model-kwargs are those of {args.model}: leave them out")
     if ":" not in args.model and not is_model(args.model):
         unknown = unknown_name("model", args.model, timm.list_models())
         raise ConfigError(f"{args.model} is neither a model of timm nor the folder of a run: {unknown}")
@@ -88,8 +90,8 @@ def find_subject(args: argparse.Namespace) -> Subject:
         config = prepare_trained(args.config, _folders(args, RunFolder(Path("runs") / args.model)))
         channels, *size = config.input_size
         sizes = {"num_classes": config.num_classes, "in_chans": channels, "img_size": tuple(size)}
-    whole, input_size = create_named(args.model, **sizes)
-    exportable, _ = create_named(args.model, **sizes, exportable=True)
+    whole, input_size = create_named(args.model, **sizes, model_kwargs=args.model_kwargs)
+    exportable, _ = create_named(args.model, **sizes, exportable=True, model_kwargs=args.model_kwargs)
     if args.checkpoint is not None:
         _load(whole, Path(args.checkpoint))
     elif broken := not_finite(whole.state_dict()):
@@ -108,6 +110,8 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder) -> Subject:
     if args.config is not None:
         raise ConfigError(f"--config is that of the run in {args.model}: leave it out")
     _refuse_sizes(args, f"the run in {args.model}")
+    if args.model_kwargs:
+        raise ConfigError(f"--model-kwargs are those of the run in {args.model}: leave them out")
     config = prepare_trained(run.config, _folders(args, run))
     exportable = config.exportable()
     ensemble = isinstance(config.model, MambaPKDEnsemble)

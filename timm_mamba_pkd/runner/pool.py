@@ -158,7 +158,9 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
             logger.warning("%s is no candidate alone: it reuses the features of earlier students", name)
             continue
         weights = run.weights(f"{i + 1}_{name}")
-        how = _export(name, "--checkpoint", str(weights), "--config", str(run.config))
+        pool = ensemble.global_pool
+        kwargs = [] if pool is None else ["--model-kwargs", f"global_pool={pool}"]
+        how = _export(name, "--checkpoint", str(weights), "--config", str(run.config), *kwargs)
         yield Member(name, "student", ensemble.alone(i), samples, how)
     if positions == list(range(len(positions))):
         for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):
@@ -231,7 +233,15 @@ def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Memb
     size = args.img_size if samples is None else samples.input_size[1:]
     own = {"model": name, "checkpoint": checkpoint or None, "img_size": size}
     own = argparse.Namespace(**{**vars(args), "num_classes": None, "in_chans": None, "model_kwargs": {}, **own})
-    model, input_size = load_named(own)
+    try:
+        model, input_size = load_named(own)
+    except ConfigError as error:
+        if name != "mamba_pkd_ensemble" or not Path(checkpoint).expanduser().is_file():
+            raise
+        raise ConfigError(
+            f"{error}; if its students are others than s1 to s7, name its run, or the local-dir: that mamba-pkd export "
+            f"{name} --checkpoint {checkpoint} --model-kwargs \"students=['mamba_pkd_s1','...']\" --format hf writes"
+        ) from error
     words = [name, *(["--checkpoint", checkpoint] if checkpoint else [])]
     if checkpoint:
         words += ["--num-classes", str(model.num_classes), "--in-chans", str(input_size[0])]
