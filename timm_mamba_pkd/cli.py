@@ -47,6 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--num-classes", type=positive, metavar="N", help="number of classes (default: the model's)")
     sizes.add_argument("--in-chans", type=positive, metavar="N", help="channels of the images (default: the model's)")
     sizes.add_argument("--img-size", type=positive, metavar="N", help="height and width (default: the model's)")
+    kwargs = argparse.ArgumentParser(add_help=False)
+    kwargs.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="more of the model's"
+    )
 
     images = argparse.ArgumentParser(add_help=False)
     images.add_argument("--data-root", metavar="DIR", help="folder of a folder of images per class, or of val/")
@@ -85,14 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser(
         "evaluate",
-        parents=[run, sizes, images],
+        parents=[run, sizes, kwargs, images],
         help="test the trained models of a run, or any timm model with a checkpoint",
     )
     tested = evaluate.add_mutually_exclusive_group(required=True)
     tested.add_argument("--config", help="yaml file path")
     tested.add_argument("--model", metavar="NAME", help="timm model name; the flags below are timm's validate.py's")
     evaluate.add_argument("--checkpoint", help="weights to test (default: those in the output folder)")
-    evaluate.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     evaluate.set_defaults(action=runner.run_evaluate)
     calibrate = commands.add_parser(
         "calibrate",
@@ -121,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(action=runner.run_report)
     export = commands.add_parser(
         "export",
-        parents=[safe, sizes],
+        parents=[safe, sizes, kwargs],
         help="write a model as ONNX, PT2, ExecuTorch, cascade or Hugging Face folder, checked",
     )
     export.add_argument("model", help="timm model name, or folder of a run")

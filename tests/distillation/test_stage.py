@@ -11,6 +11,7 @@ from torchdistill.losses.mid_level import ATLoss, DISTLoss, KDLoss, LogitStdKDLo
 from timm_mamba_pkd import MambaPKDEnsemble
 from timm_mamba_pkd.distillation import StageWrapper
 from timm_mamba_pkd.distillation.rules import Residual
+from timm_mamba_pkd.models import Confidence
 
 RESIDUAL: dict[str, Any] = {"key": "residual"}
 LOGITS: dict[str, Any] = {
@@ -224,3 +225,12 @@ def test_a_rule_may_refuse_a_combination(tiny, monkeypatch):
         StageWrapper(ensemble, stage=1, name="mamba_pkd_s1", rule=RESIDUAL)
     ensemble.set_combination("per_student")
     StageWrapper(ensemble, stage=1, name="mamba_pkd_s1", rule=RESIDUAL)
+
+
+def test_a_stage_drops_the_policy_of_other_weights(tiny, caplog):
+    """Under torchdistill's own script nothing else does: the box never runs the ensemble itself in training mode."""
+    teacher, ensemble = tiny.teacher_and_students()
+    ensemble.policy = Confidence([0.5] * (len(ensemble.students) - 1))
+    tiny.box_of(teacher, ensemble, tiny.schedule())
+    assert ensemble.policy is None
+    assert caplog.text.count("The policy of early exit is dropped") == 1

@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -34,6 +35,9 @@ def fitted() -> MambaPKDEnsemble:
     model = make()
     model.policy = POLICY
     return model
+
+
+DROPPED = "The policy of early exit is dropped: the weights it was fitted for "
 
 
 def same(policy: Confidence | None) -> bool:
@@ -105,18 +109,50 @@ def test_weights_without_a_policy_take_it_away():
     assert model.policy is None
 
 
-def test_a_policy_goes_with_what_it_was_fitted_for(tmp_path):
-    save_weights(fitted(), tmp_path / "five.safetensors")
-    assert make(num_classes=7, checkpoint_path=str(tmp_path / "five.safetensors")).policy is None
-    for change in (
+@pytest.mark.parametrize("way", ["checkpoint_path", "local-dir", "load_state_dict"])
+def test_a_policy_goes_with_the_classifiers_that_it_was_fitted_for(way, tmp_path, caplog):
+    """Where they start anew, for another class count, a line says so."""
+    if way == "local-dir":
+        save_for_hf(fitted(), str(tmp_path), safe_serialization=True)
+        model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    else:
+        save_weights(fitted(), tmp_path / "five.safetensors")
+        path = str(tmp_path / "five.safetensors")
+        model = make(num_classes=7, **({"checkpoint_path": path} if way == "checkpoint_path" else {}))
+        if way == "load_state_dict":
+            model.load_state_dict(load_file(path))
+    assert model.policy is None
+    assert caplog.text.count(DROPPED + "start anew") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         lambda model: model.reset_classifier(7),
         lambda model: model.set_combination("per_student"),
         lambda model: model.init_weights(),
-    ):
-        model = fitted()
-        change(model)
-        assert model.policy is None
-        assert not any(name.startswith("policy") for name in model.state_dict())
+        lambda model: model.train()(torch.rand(2, 1, 8, 8)),
+        lambda model: model.train().student_logits(torch.rand(2, 1, 8, 8)),
+        lambda model: torch.compile(model.train(), backend="eager")(torch.rand(2, 1, 8, 8)),
+    ],
+)
+def test_a_policy_goes_with_the_weights_that_it_was_fitted_for(change, caplog):
+    model = fitted()
+    change(model)
+    assert model.policy is None
+    assert not any(name.startswith("policy") for name in model.state_dict())
+    assert caplog.text.count(DROPPED) == 1
+    change(model)
+    assert caplog.text.count(DROPPED) == 1
+
+
+def test_a_policy_stays_where_nothing_is_trained(caplog):
+    """Also where the mode is set and set back."""
+    model = fitted()
+    model.train().eval()(torch.rand(2, 1, 8, 8))
+    model.train()
+    model.first(2).eval()(torch.rand(2, 1, 8, 8))
+    assert same(model.policy) and DROPPED not in caplog.text
 
 
 @pytest.mark.parametrize(

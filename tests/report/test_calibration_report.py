@@ -79,6 +79,14 @@ def test_markdown_says_the_same():
         assert found == [re.split(" {2,}", line.strip()) for line in lines]
 
 
+def test_markdown_escapes_bars():
+    document = copy.deepcopy(DOCUMENT)
+    document["students"][0]["student"] = "a|b"
+    document["results"][1]["model"] = "a|b alone"
+    text = calibration_to_markdown(document)
+    assert "| 1 | a\\|b | 71 |" in text and "| a\\|b alone | 1 |" in text
+
+
 def test_it_can_be_read_back_from_json_and_without_a_teacher():
     document = json.loads(json.dumps(DOCUMENT))
     document["results"].pop()
@@ -91,6 +99,9 @@ def test_the_plot_shows_every_number(teacher, monkeypatch, tmp_path):
     document = copy.deepcopy(DOCUMENT)
     if not teacher:
         document["results"].pop()
+    document["curve"][1]["ms_at_batch_256"] = 9.0  # slower than it should be: the line goes there and back
+    ordered = list(document["curve"])
+    document["curve"] = [ordered[i] for i in (1, 2, 0)]
     figures: list[Any] = []
     monkeypatch.setattr(
         "timm_mamba_pkd.report.calibration_report.save_figure", lambda figure, path: figures.append(figure)
@@ -104,7 +115,7 @@ def test_the_plot_shows_every_number(teacher, monkeypatch, tmp_path):
     assert [bar.get_height() for bar in exits.patches] == [70, 20, 10]
     for axes, cost, unit in zip(trades, ("macs", "ms_at_batch_256"), (1e6, 1), strict=True):
         curve, *points = axes.lines
-        assert curve.get_xydata().tolist() == [[row[cost] / unit, row["top1"]] for row in document["curve"]]
+        assert curve.get_xydata().tolist() == [[row[cost] / unit, row["top1"]] for row in ordered]
         found = {point.get_label(): point.get_xydata().tolist() for point in points}
         assert found == {row["model"]: [[row[cost] / unit, row["top1"]]] for row in document["results"]}
         assert len({(point.get_marker(), point.get_color()) for point in points}) == len(points)

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.datasets import FakeData
 
 from timm_mamba_pkd.cli import main
+from timm_mamba_pkd.models import save_weights
 
 
 class Call(dict):
@@ -199,10 +204,19 @@ def rich(progressive, build, tmp_path, monkeypatch) -> dict[str, Any]:
     return progressive
 
 
+def weights(path: Path, name: str, seed: int = 0, **kwargs: Any) -> Any:
+    """A model of timm whose predictions differ from image to image, and the file of its weights."""
+    torch.manual_seed(seed)
+    model: Any = timm.create_model(name, **{"num_classes": 3, "in_chans": 1, **kwargs})
+    nn.init.normal_(model.get_classifier().weight)
+    save_weights(model, path)
+    return model.eval()
+
+
 @pytest.fixture
 def build() -> Any:
     """The helpers above, for tests that need more: `build.stage()`, `build.call(...)`."""
-    return SimpleNamespace(call=call, fake_images=fake_images, loader=loader, stage=stage)
+    return SimpleNamespace(call=call, fake_images=fake_images, loader=loader, stage=stage, weights=weights)
 
 
 @pytest.fixture
@@ -244,3 +258,42 @@ def run(tmp_path, write, monkeypatch) -> Callable[..., tuple[int, Path]]:
         return main([command, "--config", str(path), "--device", "cpu", "--output", str(folder), *flags]), folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory) -> Path:
+    """Where the run of `taught` is kept from test to test."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def taught(progressive, run, build, kept, tmp_path, capsys, monkeypatch) -> Path:
+    """The folder of a run: students s1 and s2 of a teacher with weights."""
+    monkeypatch.chdir(tmp_path)
+    progressive["models"]["teacher_model"]["src_ckpt"] = "teacher.safetensors"
+    if not (kept / "run").exists():
+        build.weights(kept / "teacher.safetensors", "test_resnet")
+        shutil.copy(kept / "teacher.safetensors", tmp_path)
+        assert run(progressive)[0] == 0
+        shutil.copytree("run", kept / "run")
+        shutil.rmtree("run")
+        capsys.readouterr()
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    return Path("run")
+
+
+@pytest.fixture
+def images(tmp_path) -> Callable[..., Path]:
+    """A folder of noisy grey images, a folder for each class."""
+
+    def images(*classes: str, size: int = 8, count: int = 4) -> Path:
+        torch.manual_seed(1)
+        for label in classes:
+            folder = tmp_path / "images" / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (size, size), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        return tmp_path / "images"
+
+    return images

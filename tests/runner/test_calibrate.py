@@ -79,8 +79,11 @@ def learn(ensemble: Any, x: Tensor, labels: Tensor, *penalties: float) -> None:
 
 
 @pytest.fixture
-def calibrate(run) -> Callable[..., int]:
+def calibrate(run, write) -> Callable[..., int]:
     def calibrate(config: Any, *flags: str, output: str = "run") -> int:
+        """Of a run that might as well have been trained by ``config``."""
+        if Path(output).exists():
+            shutil.copy(write(config), Path(output, "config.yaml"))
         return run(config, *flags, command="calibrate", output=output)[0]
 
     return calibrate
@@ -288,12 +291,17 @@ def test_a_surer_early_exit_may_agree_less():
 
 
 def test_once_more(trained, calibrate, caplog):
-    """The policy is replaced, and so is the report; the log says which one was there."""
+    """The policy is replaced; the log says which one was there, and the report of it is kept."""
     assert calibrate(trained) == 0
     first, policy, report = load_file(WEIGHTS), loaded().policy, document()
+    Path("run/calibration/calibration.png").write_bytes(b"a plot")
+    Path("run/calibration/notes.txt").write_text("mine")
     with caplog.at_level(logging.INFO):
         assert calibrate(trained, "--min-accuracy", "0", "--measure", "entropy") == 0
     assert f"The policy takes the place of {policy}" in caplog.text
+    assert f"Moved the report before to {Path('run/calibration/old-1').resolve()}" in caplog.text
+    assert json.loads(Path("run/calibration/old-1/calibration.json").read_text()) == report
+    assert Path("run/calibration/old-1/calibration.png").read_bytes() == b"a plot"
     second = load_file(WEIGHTS)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -303,7 +311,38 @@ def test_once_more(trained, calibrate, caplog):
     assert {name: tensor.tolist() for name, tensor in load_file(WEIGHTS).items()} == {
         name: tensor.tolist() for name, tensor in first.items()
     }
-    assert {path.name for path in Path("run/calibration").iterdir()} == FILES
+    found = {str(path.relative_to("run/calibration")) for path in Path("run/calibration").rglob("*") if path.is_file()}
+    kept = {f"{old}/{name}" for old in ("old-1", "old-2") for name in FILES}
+    assert found == FILES | kept | {"old-1/calibration.png", "notes.txt"}
+
+
+def test_a_calibration_that_ends_early(trained, calibrate, monkeypatch):
+    """No report is left beside a policy that it is not of."""
+    assert calibrate(trained) == 0
+    policy = repr(loaded().policy)
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_mamba_pkd.runner.calibrate._compare", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(trained, "--min-accuracy", "0")
+    assert repr(loaded().policy) != policy
+    assert [path.name for path in Path("run/calibration").iterdir()] == ["old-1"]
+
+
+@pytest.mark.parametrize("progressively", [True, False])
+def test_training_on_drops_the_policy(progressively, trained, calibrate, run, build, caplog):
+    """A run that starts from calibrated weights leaves no policy, which would be of other weights than its own."""
+    assert calibrate(trained) == 0
+    models = trained["models"]
+    if not progressively:
+        trained["train"] = build.stage(log_freq=1000, model={"forward_proc": "forward_batch_only"})
+        trained["models"] = {"model": models["student_model"]}
+    (student,) = [model for role, model in trained["models"].items() if role != "teacher_model"]
+    student["src_ckpt"] = str(WEIGHTS)
+    caplog.clear()
+    assert run(trained, output="further")[0] == 0
+    assert caplog.text.count("The policy of early exit is dropped: the weights it was fitted for are ") == 1
+    found = load_file("further/weights/ensemble.safetensors")
+    assert found and not any(name.startswith("policy.") for name in found)
 
 
 @pytest.fixture
@@ -344,17 +383,51 @@ def test_both_wishes(trained, calibrate, capsys):
     assert "argument --max-macs: not allowed with argument --min-accuracy" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("of_a_name_of_its_own", [False, True])
-def test_never_on_the_test_set(of_a_name_of_its_own, trained, calibrate, build, write, errors, no_compute):
-    before = contents()
-    trained["train"]["init"]["kwargs"]["val_data_loader"] = build.loader("fake/test")
-    if of_a_name_of_its_own:
+@pytest.mark.parametrize("change", ["same", "renamed", "overlapping"])
+def test_never_on_the_test_set(change, trained, calibrate, build, errors, no_compute):
+    if change == "overlapping":
+        for name, first in (("val", 0), ("test", 40)):
+            part = build.call("torch.utils.data.Subset", dataset=build.fake_images(100, offset=0))
+            part["init"]["kwargs"]["indices"] = list(range(first, first + 50))
+            trained["datasets"][f"fake/{name}"] = part
+    else:
+        trained["train"]["init"]["kwargs"]["val_data_loader"] = build.loader("fake/test")
+    if change == "renamed":
         trained["datasets"]["fake/held_out"] = build.fake_images(45, offset=200)
         trained["test"]["test_data_loader"] = build.loader("fake/held_out")
+    before = contents()
     assert calibrate(trained) == 2
     (error,) = errors()
-    assert "thresholds are never fitted on the test set; give the config a validation split" in error
+    assert "on which nothing may be fitted or chosen: train with a validation split of its own" in error
+    assert ("shares 10 of its 50 samples with the test set, 'fake/test'" in error) is (change == "overlapping")
+    del before[Path("run/config.yaml")]
     assert contents().items() >= before.items()
+
+
+def test_only_with_the_config_of_the_run(trained, calibrate, run, build, errors, no_compute, monkeypatch):
+    """Other students, splits and seeds, which draw splits, are refused before anything is built."""
+    shutil.copy("run/config.yaml", "its_own.yaml")
+    monkeypatch.setattr("timm_mamba_pkd.runner.calibrate.set_up", lambda *args: 1 / 0)
+    before = contents()
+    advice = "calibrate a run with its own config and --seed"
+    folder = Path("run").resolve()
+
+    def said(config: Any, *flags: str) -> str:
+        assert run(config, *flags, command="calibrate")[0] == 2
+        (error,) = errors()
+        return error
+
+    assert said(trained, "--seed", "1") == f"the run in {folder} began with --seed 42, not with --seed 1: {advice}"
+    trained["datasets"]["fake/val"] = build.fake_images(60, offset=500)
+    error = said(trained)
+    assert "config.yaml differs in line " in error
+    assert error.endswith(f" from {folder}/config.yaml, as the run began: {advice}")
+    Path("config.yaml").unlink(missing_ok=True)
+    assert contents() == before
+    for name in ("run.json", "config.yaml"):
+        Path("run", name).unlink()
+        missing = f"{folder}/{name}, as the run began, is missing: put it back, or train anew with --fresh"
+        assert said(Path("its_own.yaml")) == missing
 
 
 def test_runs_that_cannot_be_calibrated(trained, plain, run, calibrate, errors, no_compute, monkeypatch):

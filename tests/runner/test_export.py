@@ -3,7 +3,7 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import timm
@@ -13,10 +13,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.deploy import FORMATS, OnnxCascade
-from timm_mamba_pkd.models import Confidence, Prediction, confidence, load_weights, save_weights
-from timm_mamba_pkd.runner import ConfigError
-from timm_mamba_pkd.runner.export import _require_same_exits
+from timm_mamba_pkd.deploy import FORMATS
+from timm_mamba_pkd.models import Confidence, load_weights, save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NEEDS_ONNX = pytest.mark.skipif(bool(FORMATS["onnx"].missing()), reason="ONNX's packages are not installed")
@@ -109,77 +107,6 @@ def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys):
     assert "(test images)" in capsys.readouterr().out
 
 
-def quick_ensemble(count: int) -> Any:
-    """Of a model of timm's that is exported soon; it is sure of different images."""
-    torch.manual_seed(0)
-    sizes: Any = {"num_classes": 3, "in_chans": 1, "img_size": 8}
-    ensemble: Any = timm.create_model("mamba_pkd_ensemble", students=["test_efficientnet"] * count, **sizes).eval()
-    with torch.no_grad():
-        for student in ensemble.students:
-            student.classifier.weight *= 2 / student(torch.randn(20, 1, 8, 8)).std()
-    return ensemble
-
-
-@NEEDS_ONNX
-def test_cascade(tmp_path, capsys):
-    """A folder with the first students, beside that for the hub; the policy is cut to them."""
-    ensemble = quick_ensemble(3)
-    ensemble.policy = Confidence([0.7, 0.8], [1.0, 1.0, 1.5])
-    save_for_hf(ensemble, str(tmp_path / "all"), safe_serialization=True)
-    words = ["export", f"local-dir:{tmp_path / 'all'}", "--students", "2", "--output", str(tmp_path / "out")]
-    assert main([*words, "--format", "cascade", "hf"]) == 0
-    number = r"\d\.\de-\d\d"
-    path = tmp_path / "out" / "all_2_cascade"
-    line = (
-        rf"{re.escape(str(path))}  [\d.]+ kB  largest difference {number} \(random\), {number} \(digits\)  "
-        rf"0.143 ms an image, 1.0 times as fast as eager predict \(the fitted policy: [\d.]+ of 2 students, digits\)"
-    )
-    out = capsys.readouterr().out
-    assert re.search(f"^{line}$", out, re.MULTILINE), out
-    cascade, smaller = OnnxCascade(path), timm.create_model(f"local-dir:{tmp_path}/out/all_2", pretrained=True).eval()
-    x = torch.randn(20, 1, 8, 8)
-    found, true = cascade.predict(x), cast(Any, smaller).predict(x)
-    assert found.students.tolist() == true.students.tolist() and set(true.students.tolist()) == {1, 2}
-    torch.testing.assert_close(found.logits, true.logits, rtol=1e-4, atol=1e-4)
-
-
-@NEEDS_ONNX
-def test_a_cascade_that_leaves_elsewhere_is_not_left(tmp_path, capsys, monkeypatch):
-    save_for_hf(quick_ensemble(2), str(tmp_path / "all"), safe_serialization=True)
-    predict = OnnxCascade.predict
-
-    def one_more(self: OnnxCascade, x: torch.Tensor, policy: Any) -> Prediction:
-        found = predict(self, x, policy)
-        return Prediction(found.logits, found.students + 1, found.macs)
-
-    monkeypatch.setattr(OnnxCascade, "predict", one_more)
-    words = ["export", f"local-dir:{tmp_path / 'all'}", "--format", "cascade", "--output", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert "all_2 differs from eager predict on random: image 1 uses 3 students, not 2" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_only_rounding_excuses_another_exit():
-    ensemble, x = quick_ensemble(2), torch.randn(1, 1, 8, 8)
-    with torch.no_grad():
-        one, both = ensemble.combine(ensemble.student_logits(x))
-    sure = float(confidence(one))
-
-    class Other:
-        def predict(self, x: torch.Tensor, policy: Any) -> Prediction:
-            return Prediction(both if policy.thresholds[0] < sure else one, torch.tensor([1 + leaves]), 0)
-
-    other: Any = Other()
-    for distance, excused in ((5e-5, True), (-5e-5, True), (2e-4, False), (-2e-4, False)):
-        policy = Confidence([sure + distance])
-        leaves = policy.thresholds[0] < sure  # in eager PyTorch, and so not in the other
-        if excused:
-            _require_same_exits("it", ensemble, other, policy, x, "random")
-        else:
-            with pytest.raises(ConfigError, match="it differs from eager predict on random: image 1 uses"):
-                _require_same_exits("it", ensemble, other, policy, x, "random")
-
-
 def test_random_weights_are_said_to_be_random(tmp_path, caplog):
     assert main(["export", "mamba_pkd_s1", "--format", "hf", "--output", str(tmp_path / "out"), *SMALL]) == 0
     assert "mamba_pkd_s1 is exported with random weights" in caplog.text
@@ -265,6 +192,11 @@ BAD = {
     "local-dir:empty --num-classes 5": "--num-classes and --in-chans are those of local-dir:empty: leave them out",
     "mamba_pkd_s1 --img-size 7": "model mamba_pkd_s1 cannot be created: img_size must be at least 8",
     "mamba_pkd_s1 --students 1": "--students is for ensembles, and mamba_pkd_s1 is none",
+    "mamba_pkd_s1 --model-kwargs num_classes=3": "--model-kwargs num_classes has a flag of its own: --num-classes",
+    "mamba_pkd_s1 --model-kwargs students=3": "model mamba_pkd_s1 cannot be created: MambaPKD has no parameter ",
+    "mamba_pkd_s1 --model-kwargs exportable=True": "model mamba_pkd_s1 cannot be created: TypeError: ",
+    "local-dir:empty --model-kwargs a=1": "--model-kwargs are those of local-dir:empty: leave them out",
+    "run --model-kwargs a=1": "--model-kwargs are those of the run in run: leave them out",
     "mamba_pkd_ensemble --students 0": "--students must be from 1 to 7, got 0",
     "mamba_pkd_ensemble --students 8": "--students must be from 1 to 7, got 8",
     "mamba_pkd_s1 --checkpoint nowhere.pt": "weights file nowhere.pt does not exist",
@@ -316,13 +248,6 @@ def test_students_that_are_not_active_are_not_exported(tmp_path, capsys):
         assert line == (
             f"mamba-pkd: error: students 1 to {k} cannot be exported: only 2 of {model} are trained and active"
         )
-
-
-@NEEDS_ONNX
-def test_cascades_are_of_ensembles(tmp_path, capsys):
-    words = ["export", "mamba_pkd_s1", "--format", "cascade", *SMALL, "--output", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert capsys.readouterr().err == "mamba-pkd: error: --format cascade is for ensembles, and mamba_pkd_s1 is none\n"
 
 
 @NEEDS_ONNX

@@ -93,7 +93,7 @@ def finish_stage(box: Any) -> None:
     after its post-epoch process. ``box.can_extend`` says that whoever drives the box trains ``box.num_epochs`` epochs
     also when that number grows, as ``mamba-pkd train`` does and torchdistill's example script does not.
     """
-    wrapper = box.student_model
+    wrapper = getattr(box, "student_model", None)
     if not isinstance(wrapper, StageWrapper) or wrapper.finished or wrapper.verdict is not None:
         return
     rule = wrapper.rule

@@ -79,6 +79,7 @@ class StageWrapper(AuxiliaryModelWrapper):
                 f"stage {stage} is to train {name}, but the ensemble's students are {', '.join(student_model.names)}: "
                 "give both the same list"
             )
+        student_model.drop_policy("are to be trained")
         student_model.set_active(order[:stage])
         student_model.requires_grad_(False)
         self.ensemble = student_model

@@ -25,7 +25,7 @@ def adapt_to(ensemble: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     weights = state_dict.get("weights")
     if weights is not None and (ensemble.weights is None or ensemble.weights.ndim != weights.ndim):
-        before = ensemble.combination
+        before, ensemble.policy = ensemble.combination, None
         ensemble.set_combination("per_student" if weights.ndim == 2 else "per_class")
         _logger.info("The weights combine the students %s instead of by %s", ensemble.combination, before)
     for name, tensor in state_dict.items():

@@ -1,5 +1,6 @@
 """The anytime ensemble: students s1..sN as one classifier that has an answer after every student."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,6 +30,8 @@ from timm_mamba_pkd.models.students import Students
 
 __all__ = ["MambaPKDEnsemble"]
 
+_logger = logging.getLogger(__name__)
+
 
 class MambaPKDEnsemble(nn.Module):
     """Progressively distilled students as one anytime classifier (Mamba-PKD, arXiv 2503.01727).
@@ -52,7 +55,8 @@ class MambaPKDEnsemble(nn.Module):
         weights: float32 buffer, see `uniform_weights`; None for the mean. Part of the state dict.
         training_state: what a schedule hands on from stage to stage; no part of the state dict.
         reuse: the connections of students that reuse the features of earlier ones, by position from 0.
-        policy: fitted thresholds of `predict`, or None; part of the state dict.
+        policy: fitted thresholds of `predict`, or None; part of the state dict. It is dropped, with a warning, when
+            the ensemble runs in training mode, and when classifiers, combination or all weights start anew.
 
     A state dict with weights, connections or a policy brings them along: an ensemble that lacks them gets them on
     loading.
@@ -166,9 +170,15 @@ class MambaPKDEnsemble(nn.Module):
         """How the students' logits are combined: 'mean', 'per_student' or 'per_class'."""
         return "mean" if self.weights is None else COMBINATIONS[self.weights.ndim - 1]
 
+    def drop_policy(self, why: str) -> None:
+        """Be without a policy; a warning says ``why`` (the weights ...), if there was one."""
+        if self.policy is not None:
+            _logger.warning("The policy of early exit is dropped: the weights it was fitted for %s. Fit another", why)
+        self.policy = None
+
     def set_combination(self, combination: str) -> None:
         """Combine by 'mean', 'per_student' or 'per_class', with the weights of the mean, and without a policy."""
-        self.policy = None
+        self.drop_policy("start anew")
         self.weights = uniform_weights(len(self.students), self.num_classes, combination, self.active.device)
 
     def connect(self, position: int, num_sources: int) -> None:
@@ -234,6 +244,8 @@ class MambaPKDEnsemble(nn.Module):
 
     def run(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the logits (B, num_classes) of each active student alone as it finishes."""
+        if self.training:
+            self.drop_policy("are being trained")
         return run_students(self.students, self.connections(), x, self.active_positions)
 
     def student_logits(self, x: Tensor) -> Tensor:

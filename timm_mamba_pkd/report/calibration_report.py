@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_mamba_pkd.report.plots import BLUE, GREY, ORANGE, have_matplotlib, save_figure
-from timm_mamba_pkd.report.table import in_columns, significant
+from timm_mamba_pkd.report.table import in_columns, in_markdown, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +23,7 @@ def calibration_to_text(document: Mapping[str, Any]) -> str:
 
 def calibration_to_markdown(document: Mapping[str, Any]) -> str:
     """The same as Markdown."""
-    parts = [_introduction(document)]
-    for table in _tables(document):
-        rule = ["---", "---", *["---:"] * (len(table[0]) - 2)]
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in [table[0], rule, *table[1:]]))
-    return "\n\n".join(parts) + "\n"
+    return "\n".join([f"{_introduction(document)}\n", *(in_markdown(table) for table in _tables(document))])
 
 
 def _introduction(document: Mapping[str, Any]) -> str:
@@ -107,7 +103,7 @@ def _draw_reliability(axes: Axes, reliability: Sequence[Sequence[Mapping[str, An
 def _draw_trade(axes: Axes, document: Mapping[str, Any], cost: str, unit: float, label: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    curve = sorted(document["curve"], key=lambda row: row[cost])
+    curve = sorted(document["curve"], key=lambda row: row["threshold"])  # times, measured, need not follow
     axes.plot([unit * row[cost] for row in curve], [row["top1"] for row in curve], ".-", color=BLUE, linewidth=1)
     markers = dict(zip(("early exit", "all students", "teacher"), ("*", "o", "D"), strict=True))
     for row in document["results"]:

@@ -119,14 +119,19 @@ _HEADINGS = ("model", "role", "k", "top-1 (%)", "params (M)", "MMACs", "MACs (% 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """Render `rows` as a GitHub table, rounded for reading, ending in a newline."""
-    names_left_numbers_right = ["---", "---", *["---:"] * (len(_HEADINGS) - 2)]
-    body = [[cell.replace("|", "\\|") for cell in _rounded(row)] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [_HEADINGS, names_left_numbers_right, *body])
+    return in_markdown([_HEADINGS, *(_rounded(row) for row in rows)])
 
 
 def to_text(rows: Sequence[Row]) -> str:
     """Render `rows` in aligned columns for a terminal, rounded for reading, ending in a newline."""
     return in_columns([_HEADINGS, *(_rounded(row) for row in rows)])
+
+
+def in_markdown(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the headings first, two names on the left and then numbers, as a GitHub table."""
+    headings, *body = ([cell.replace("|", "\\|") for cell in cells] for cells in table)
+    names_left_numbers_right = ["---", "---", *["---:"] * (len(headings) - 2)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [headings, names_left_numbers_right, *body])
 
 
 def in_columns(table: Sequence[Sequence[str]]) -> str:

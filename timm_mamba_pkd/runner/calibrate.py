@@ -28,18 +28,19 @@ from timm_mamba_pkd.models.calibration import Point, exits, fit_temperatures, tr
 from timm_mamba_pkd.report import calibration_to_markdown, calibration_to_text, plot_calibration
 from timm_mamba_pkd.report.calibration import auroc_of_failure, expected_calibration_error, reliability
 from timm_mamba_pkd.report.table import significant
-from timm_mamba_pkd.runner.config import Job, named_dataset, stages
+from timm_mamba_pkd.runner.config import Job, stages
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
-from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
+from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder, move_to_old
 from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
-from timm_mamba_pkd.runner.streams import first_samples
+from timm_mamba_pkd.runner.validation import validation_split
 
 logger = logging.getLogger(__name__)
 
+FILES = ("calibration.json", "calibration.md", "calibration.png")
 MARGIN = 10  # images leave only with a tenth of the doubt at which one on the validation split still changed its class
 BATCHES = {256: 1024, 1: 128}  # sizes of the timed batches, or all test images, and on how many at most
 TURNS = 5  # of timing
@@ -75,6 +76,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     if not run.finished:
         raise ConfigError(f"{run.path} holds no finished run: train it first with mamba-pkd train")
     with run.locked():
+        _require_own_config(args, run)
         job, amp = set_up(args, device)
         ensemble = job.student
         if not isinstance(ensemble, MambaPKDEnsemble):
@@ -108,6 +110,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         ensemble.policy = Confidence([point.threshold] * (len(macs) - 1), temperatures, args.measure)
         if before is not None:
             logger.info("The policy takes the place of %s", before)
+        _move_report_away(run)
         save_weights(ensemble, run.weights("ensemble"))
         tested = _outcome(ensemble, job.test_loader, device, amp, "testing")
         document = {
@@ -123,28 +126,28 @@ def run_calibrate(args: argparse.Namespace) -> None:
         _report(document, run)
 
 
+def _require_own_config(args: argparse.Namespace, run: RunFolder) -> None:
+    """Raise a ConfigError unless config and seed, which may draw the splits, are those of the run."""
+    for path in (run.config, run.record):
+        if not path.exists():
+            raise ConfigError(f"{path}, as the run began, is missing: put it back, or train anew with --fresh")
+    run.require_same(args.config, {"--seed": args.seed}, "calibrate a run with its own config and --seed")
+
+
+def _move_report_away(run: RunFolder) -> None:
+    """What an earlier calibration wrote; it is of another policy than that which is about to be saved."""
+    old = move_to_old(run.calibration, *(run.calibration / name for name in FILES))
+    if old is not None:
+        logger.info("Moved the report before to %s", old)
+
+
 def _validation(job: Job) -> tuple[str, Iterable[Any]]:
-    """The id of the config's validation split, and a loader of it.
-
-    Raises:
-        ConfigError: it is the test set.
-    """
-    config, at = stages(job.config["train"])[-1]["val_data_loader"], ("train", "val_data_loader")
-    split, dataset = named_dataset(job.config, config, at)
-    test, tested = named_dataset(job.config, job.config["test"]["test_data_loader"], ("test", "test_data_loader"))
-    if split == test or _begin_alike(dataset, tested):
-        both = f"are both '{test}'" if split == test else f"name the same samples, '{split}' and '{test}'"
-        raise ConfigError(
-            f"val_data_loader and test_data_loader of {job.source.path} {both}: thresholds are never fitted "
-            "on the test set; give the config a validation split"
-        )
+    """The id of the config's validation split, and a loader of it."""
+    config = next(stage for stage in reversed(stages(job.config["train"])) if "val_data_loader" in stage)
+    config, test = config["val_data_loader"], job.config["test"]["test_data_loader"]
+    advice = "train with a validation split of its own"
+    split, dataset = validation_split(job.datasets, config, test["dataset_id"], job.source.path, advice)
     return split, build_data_loader(dataset, config, False)
-
-
-def _begin_alike(dataset: Any, other: Any) -> bool:
-    """Whether the first eight samples of two data sets are the same."""
-    pairs = zip(first_samples(dataset, 8), first_samples(other, 8), strict=False)
-    return all(torch.equal(one[0], two[0]) and int(one[1]) == int(two[1]) for one, two in pairs)
 
 
 @torch.inference_mode()
@@ -342,8 +345,9 @@ def _in_turns(
 def _report(document: dict[str, Any], run: RunFolder) -> None:
     folder = run.calibration
     make_folder(folder)
-    write_file(folder / "calibration.json", f"{json.dumps(document, indent=2)}\n".encode())
-    write_file(folder / "calibration.md", calibration_to_markdown(document).encode())
-    plot_calibration(document, folder / "calibration.png")
+    data, text, plot = (folder / name for name in FILES)
+    write_file(data, f"{json.dumps(document, indent=2)}\n".encode())
+    write_file(text, calibration_to_markdown(document).encode())
+    plot_calibration(document, plot)
     print(calibration_to_text(document), end="")
     print(f"\nThe policy is saved in {run.weights('ensemble')}, the report in {folder}")

@@ -112,6 +112,8 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             print(to_text(read_csv(run.path / "results.csv")))
         return
     job, amp = set_up(args, device)
+    if isinstance(job.student, MambaPKDEnsemble):
+        job.student.drop_policy("are to be trained")
     destination = job.destination
     with distributed.failing_together(ConfigError):
         starts = distributed.is_main() and not resuming
@@ -150,7 +152,9 @@ def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stac
         stack.enter_context(run.locked())
     resuming = run.begun and not run.abandoned and not args.fresh
     if resuming:
-        run.require_same(args.config, flags)
+        if not run.config.exists() or not run.record.exists():
+            raise ConfigError(f"{run.path} holds a run that cannot be resumed: choose another --output, or --fresh")
+        run.require_same(args.config, flags, "go on with the same, choose another --output, or start anew with --fresh")
     return resuming, resuming and run.finished
 
 
@@ -196,7 +200,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ConfigError("evaluate --model works in one process: start it without torchrun")
         evaluate_named(args)
         return
-    _refuse(args, ("data_root", "dataset", "num_classes", "in_chans", "img_size", "mean", "std", "crop_pct"), "--model")
+    flags = ("data_root", "dataset", "num_classes", "in_chans", "img_size", "model_kwargs", "mean", "std", "crop_pct")
+    _refuse(args, flags, "--model")
     run, device = run_folder(args), device_of(args)
     with distributed.process_group(device):
         job, amp = set_up(args, device)

@@ -94,7 +94,7 @@ def naming_all_unreadable(images: Readable, workers: int) -> Iterator[None]:
 
 def load_named(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
     """The model with its weights. What is not given, the checkpoint's first convolution and classifier say."""
-    sizes = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+    sizes: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     if ":" in args.model:
         if args.checkpoint is not None or any(sizes.values()):
             raise ConfigError(f"{args.model} brings its weights: leave --checkpoint, --num-classes and --in-chans out")
@@ -102,12 +102,12 @@ def load_named(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
     if args.checkpoint is None:
         raise ConfigError(f"{args.model} has no weights: name a file by --checkpoint")
     with torch.device("meta"):
-        template, _ = create_named(args.model, try_it=False, **args.model_kwargs)
+        template, _ = create_named(args.model, try_it=False, model_kwargs=args.model_kwargs)
     try:
         state = read_weights(args.checkpoint)
         found = _sizes(template, state)
         sizes = {name: found.get(name) if value is None else value for name, value in sizes.items()}
-        model, input_size = create_named(args.model, img_size=args.img_size, **sizes, **args.model_kwargs)
+        model, input_size = create_named(args.model, **sizes, img_size=args.img_size, model_kwargs=args.model_kwargs)
         load_state(model, state, args.checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error

@@ -1,5 +1,6 @@
 """Models by their name in timm."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -20,7 +21,7 @@ def create_named(
     img_size: int | tuple[int, int] | None = None,
     exportable: bool = False,
     try_it: bool = True,
-    **model_kwargs: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, tuple[int, int, int]]:
     """Create a model of timm in eval mode, and try it on one image.
 
@@ -29,14 +30,18 @@ def create_named(
         num_classes, in_chans, img_size: those of the model or of its weights if None.
         exportable: make it in timm's exportable mode.
         try_it: whether to try it on an image.
-        **model_kwargs: more of ``timm.create_model``'s.
+        model_kwargs: ``--model-kwargs``, more of ``timm.create_model``'s.
 
     Returns:
         the model, and the size (C, H, W) of its images.
 
     Raises:
-        ConfigError: no such model, or it cannot be of these sizes.
+        ConfigError: no such model, or it cannot be of these sizes, or ``model_kwargs`` hold one of them, too.
     """
+    model_kwargs = model_kwargs or {}
+    for size_name in ("num_classes", "in_chans", "img_size"):
+        if size_name in model_kwargs:
+            raise ConfigError(f"--model-kwargs {size_name} has a flag of its own: --{size_name.replace('_', '-')}")
     has_weights = ":" in name
     if not has_weights and not is_model(name):
         raise ConfigError(unknown_name("model", name, timm.list_models()))

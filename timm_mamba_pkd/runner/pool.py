@@ -4,7 +4,7 @@ import argparse
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import yaml
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from timm_mamba_pkd.datasets import num_classes
@@ -29,9 +29,10 @@ from timm_mamba_pkd.runner.evaluate_named import (
 from timm_mamba_pkd.runner.named import try_image
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
-from timm_mamba_pkd.runner.source import Source, child
+from timm_mamba_pkd.runner.source import Source, child, pairs
 from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 from timm_mamba_pkd.runner.unreadable import Readable
+from timm_mamba_pkd.runner.validation import validation_split
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,9 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
             logger.warning("%s is no candidate alone: it reuses the features of earlier students", name)
             continue
         weights = run.weights(f"{i + 1}_{name}")
-        how = _export(name, "--checkpoint", str(weights), "--config", str(run.config))
+        pool = ensemble.global_pool
+        kwargs = [] if pool is None else ["--model-kwargs", f"global_pool={pool}"]
+        how = _export(name, "--checkpoint", str(weights), "--config", str(run.config), *kwargs)
         yield Member(name, "student", ensemble.alone(i), samples, how)
     if positions == list(range(len(positions))):
         for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):
@@ -230,7 +233,15 @@ def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Memb
     size = args.img_size if samples is None else samples.input_size[1:]
     own = {"model": name, "checkpoint": checkpoint or None, "img_size": size}
     own = argparse.Namespace(**{**vars(args), "num_classes": None, "in_chans": None, "model_kwargs": {}, **own})
-    model, input_size = load_named(own)
+    try:
+        model, input_size = load_named(own)
+    except ConfigError as error:
+        if name != "mamba_pkd_ensemble" or not Path(checkpoint).expanduser().is_file():
+            raise
+        raise ConfigError(
+            f"{error}; if its students are others than s1 to s7, name its run, or the local-dir: that mamba-pkd export "
+            f"{name} --checkpoint {checkpoint} --model-kwargs \"students=['mamba_pkd_s1','...']\" --format hf writes"
+        ) from error
     words = [name, *(["--checkpoint", checkpoint] if checkpoint else [])]
     if checkpoint:
         words += ["--num-classes", str(model.num_classes), "--in-chans", str(input_size[0])]
@@ -271,32 +282,24 @@ def _validation_split(source: Source, trained: Trained) -> Samples:
     """The validation split of a run, in its order.
 
     Raises:
-        ConfigError: it cannot be read, has no fixed order, or is the test set.
+        ConfigError: it cannot be read, has no fixed order, or the test set has samples of it.
     """
     advice = "name labelled images by --data-root"
-    if trained.missing or trained.test_loader is None:
+    if trained.missing:
         raise ConfigError(f"the data of {source.path} cannot be read ({trained.missing}): {advice}")
-    places = [("train", "val_data_loader"), ("train", "stage1", "val_data_loader")]
-    places += [("train", "init", "kwargs", "val_data_loader")]
-    loader = next((found for at in places if (found := source.load(at=at))), None)
-    dataset_id = str(loader.get("dataset_id")) if isinstance(loader, dict) else ""
-    if loader is None or dataset_id not in trained.datasets:
-        raise ConfigError(f"{source.path} names no validation split: {advice}")
-    dataset = trained.datasets[dataset_id]
-    if dataset is trained.test_loader.dataset:
-        raise ConfigError(
-            f"the validation split of {source.path}, {dataset_id}, is its test set, on which nothing may be chosen: "
-            f"{advice}"
-        )
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-        raise ConfigError(f"the validation split of {source.path}, {dataset_id}, has no fixed order: {advice}")
-    if len(dataset) == 0:
-        raise ConfigError(f"the validation split of {source.path}, {dataset_id}, is empty: {advice}")
-    readable = Readable(dataset, dataset_id, training=False)
-    name = f"{dataset_id} of {source.path}"
-    size = _size_of_sample(readable, name)
+    numbers = range(sum(name.value.startswith("stage") for name, _ in pairs(child(source.root, "train"))), 0, -1)
+    places = [("init", "kwargs"), *((f"stage{number}",) for number in numbers), ()]
+    loaders = (source.load(at=("train", *at, "val_data_loader")) for at in places)
+    loader = next((found for found in loaders if found is not None), None)
+    test_id = str(source.load(at=("test", "test_data_loader", "dataset_id")))
+    split, images = validation_split(trained.datasets, loader, test_id, source.path, advice)
+    if not isinstance(images, Readable):
+        raise ConfigError(f"the validation split of {source.path}, '{split}', has no fixed order: {advice}")
+    name = f"{split} of {source.path}"
+    assert loader is not None
     kwargs = loader.get("kwargs") or {}
-    return Samples(readable, name, size, kwargs.get("batch_size", 1), kwargs.get("num_workers", 0))
+    size = _size_of_sample(images, name)
+    return Samples(images, name, size, kwargs.get("batch_size", 1), kwargs.get("num_workers", 0))
 
 
 def _size_of_sample(dataset: Any, name: str) -> tuple[int, int, int]:

@@ -118,11 +118,10 @@ class RunFolder:
     def _write_record(self, record: Mapping[str, Any]) -> None:
         write_file(self.record, f"{json.dumps(record, indent=2)}\n".encode())
 
-    def require_same(self, config_path: str | Path, flags: Mapping[str, Any]) -> None:
-        """Raise a ConfigError unless the run here was started with this config and these flags."""
-        advice = "go on with the same, choose another --output, or start anew with --fresh"
-        if not self.config.exists() or not self.record.exists():
-            raise ConfigError(f"{self.path} holds a run that cannot be resumed: choose another --output, or --fresh")
+    def require_same(self, config_path: str | Path, flags: Mapping[str, Any], advice: str) -> None:
+        """Raise a ConfigError, which ends in ``advice``, unless the run here was started with this config and these
+        flags.
+        """
         now = Source.read(config_path).text.splitlines()
         try:
             then = Source.read(self.config).text.splitlines()
@@ -140,17 +139,7 @@ class RunFolder:
 
     def move_away(self, *others: Path) -> Path | None:
         """Move all that a run has written here, and ``others``, into a new folder old-1, old-2, ...; returns it."""
-        written = [path for path in (*self._written(), *others) if path.exists()]
-        if not written:
-            return None
-        number = 1
-        while (self.path / f"old-{number}").exists():
-            number += 1
-        old = self.path / f"old-{number}"
-        old.mkdir(parents=True)
-        for path in written:
-            shutil.move(path, old / path.name)
-        return old
+        return move_to_old(self.path, *self._written(), *others)
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of writers that were killed."""
@@ -180,6 +169,21 @@ def _typed(flag: str, value: Any) -> str:
     if value is None or value is False:
         return f"without {flag}"
     return f"with {flag}" if value is True else f"with {flag} {value}"
+
+
+def move_to_old(folder: Path, *paths: Path) -> Path | None:
+    """Move those of ``paths`` that are there into a new folder old-1, old-2, ... in ``folder``; returns it."""
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return None
+    number = 1
+    while (folder / f"old-{number}").exists():
+        number += 1
+    old = folder / f"old-{number}"
+    old.mkdir(parents=True)
+    for path in there:
+        shutil.move(path, old / path.name)
+    return old
 
 
 def make_folder(path: Path) -> None:
