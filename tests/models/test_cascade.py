@@ -1,6 +1,7 @@
 """`MambaPKDEnsemble.predict`: the same as running everything and looking up where each image would have left."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -200,20 +201,39 @@ def test_budget_of_milliseconds(monkeypatch):
             now[0] += 0.001 * (i + 1) * len(args[0])
 
         student.register_forward_pre_hook(takes)
-    x = images(6)
-    # The first student takes 6 ms, and is taken to need twice that; the second 2 ms, so 4, for an image, in batches of
-    # 1, 2, 3, 4 or 6.
-    for budget, left in [(12.01, 1), (13.9, 1), (14.01, 2), (29.9, 4), (30.01, 6), (120.01, 6)]:
-        model.predict(x, Budget(milliseconds=budget))
+    x = images(5)
+    with pytest.raises(ValueError, match=r"timed on 5 images of 1x9x9: call Budget.measure\(ensemble, x\) before"):
+        model.predict(x, Budget(milliseconds=1000))
+    assert now[0] == 0
+    Budget.measure(model, x)
+    measured = now[0]
+    Budget.measure(model, x[:3])
+    model.predict(x, Depth(1))
+    assert now[0] - measured == pytest.approx(0.001 + 0.005), "what is known is not measured again"
+    # The five images are padded to six: the first student takes 6 ms, and is taken to need twice that; the second 2 ms,
+    # so 4, for an image, in batches of 1, 2, 3, 4 or 6.
+    for budget, left in [(12.01, 1), (13.9, 1), (14.01, 2), (29.9, 4), (30.01, 5), (120.01, 5)]:
         began = now[0]
         found = model.predict(x, Budget(milliseconds=budget))
-        assert 1000 * (now[0] - began) <= budget, "once the students are measured, nothing else is"
-        assert (found.students > 1).sum() == left
-    assert model.predict(x, Budget(milliseconds=120.01)).students.tolist() == [COUNT] * 6
+        assert 1000 * (now[0] - began) <= budget
+        assert (found.students > 1).sum() == left and len(found.logits) == 5
+    found = model.predict(x, Budget(milliseconds=120.01))
+    assert found.students.tolist() == [COUNT] * 5 and found.macs == 6 * sum(model.step_macs(SIZE))
+    torch.testing.assert_close(found.logits, everything(model, x)[-1])
     with pytest.raises(
-        ValueError, match=r"5 ms does not suffice for the first student, which takes 12 ms for 6 images"
+        ValueError, match=r"5 ms does not suffice for the first student, which takes 12 ms for 5 images"
     ):
         model.predict(x, Budget(milliseconds=5))
+    for others in (images(7), images(5, (1, 9, 10)), x.double()):
+        with pytest.raises(ValueError, match="have not been timed on"):
+            model.predict(others, Budget(milliseconds=1000))
+
+
+def test_an_image_of_nan_goes_on():
+    model, x = make(), images(4)
+    x[1] = math.nan
+    found = model.predict(x, Confidence([1.0] * (COUNT - 1)))
+    assert found.students.tolist() == [COUNT] * 4
 
 
 def test_other_sizes_channels_and_precisions():
@@ -265,6 +285,7 @@ def test_on_a_gpu():
         found = model.predict(x, POLICIES[name])
         assert found.students.is_cuda
         assert found.students.tolist() == by_hand(POLICIES[name], logits.cpu()).tolist()
+    Budget.measure(model, x)
     assert model.predict(x, Budget(milliseconds=1000)).students.tolist() == [COUNT] * 64
 
 
@@ -279,6 +300,7 @@ def test_on_a_gpu():
         (Agreement(), images(2)[0], r"got \(1, 9, 9\)"),
         (Agreement(), images(2, (3, 9, 9)), r"got \(2, 3, 9, 9\)"),
         (Agreement(), "image.png", "got str"),
+        (Depth, images(2), "policy must be a Confidence, Agreement, Budget or Depth, got <class"),
         ("confidence", images(2), "policy must be .*Confidence.*, got 'confidence'"),
     ],
 )

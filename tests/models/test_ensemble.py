@@ -57,6 +57,12 @@ def test_prediction_is_the_mean_of_the_active_students(ensemble, x):
         assert len(ensemble.student_logits(x)) == len(list(ensemble.anytime(x))) == k
 
 
+@pytest.mark.parametrize("wrong", [[1.0], torch.zeros(2, 5, 8, 8), torch.zeros(0, 3, 8, 8)])
+def test_anytime_refuses_what_is_no_image(ensemble, wrong):
+    with pytest.raises(ValueError, match="images must be a tensor"):
+        ensemble.anytime(wrong)
+
+
 def test_anytime_does_not_run_ahead(ensemble, x):
     ensemble.set_active(3)
     calls = []

@@ -205,6 +205,9 @@ def test_policies_survive_a_copy_and_torch_save():
         (lambda: Budget(macs=1, milliseconds=1), "a budget is either macs or milliseconds"),
         (lambda: Budget(macs=0), "a budget must be a number above 0, got 0"),
         (lambda: Budget(milliseconds=math.nan), "got nan"),
+        (lambda: Budget(macs=10**400), "a budget must be a number above 0, got 1000"),
+        (lambda: Confidence([0.5]).first(3), "k must be a whole number from 1 to 2, got 3"),
+        (lambda: Confidence([0.5]).first(0), "k must be a whole number from 1 to 2, got 0"),
     ],
 )
 def test_bad_arguments(make_policy, message):

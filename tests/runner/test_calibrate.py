@@ -364,8 +364,9 @@ def contents() -> dict[Path, bytes]:
         (["--min-accuracy", "-1"], "--min-accuracy -1 is not from 0 to 100"),
         (["--min-accuracy", "nan"], "--min-accuracy nan is not from 0 to 100"),
         (["--max-macs", "0.001"], "--max-macs 0.001 is below what the first student takes, "),
-        (["--max-macs", "-1"], "--max-macs -1 is below what the first student takes, "),
-        (["--max-macs", "nan"], "--max-macs nan is below what the first student takes, "),
+        (["--max-macs", "-1"], "--max-macs -1 is not a number above 0"),
+        (["--max-macs", "nan"], "--max-macs nan is not a number above 0"),
+        (["--max-macs", "inf"], "--max-macs inf is not a number above 0"),
     ],
 )
 def test_wishes_that_cannot_be(flags, message, trained, calibrate, write, errors, no_compute):

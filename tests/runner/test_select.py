@@ -77,7 +77,7 @@ def test_a_run(taught, capsys):
     file = FORMATS["pt2"].open(taught / "export" / "ensemble_2.pt2")
     torch.testing.assert_close(file(x), ensemble(x), rtol=1e-4, atol=1e-5)
     assert main([*words["mamba_pkd_s2"][1:-1], "hf"]) == 0  # as above, but pt2 takes seconds
-    loaded = timm.create_model("local-dir:runs/mamba_pkd_s2/export/mamba_pkd_s2", pretrained=True).eval()
+    loaded = timm.create_model("local-dir:run/export/mamba_pkd_s2", pretrained=True).eval()
     assert torch.equal(loaded(x), models["mamba_pkd_s2"](x))
     Path("teacher.yaml").write_text(found["test_resnet"]["how"])
     again = build_model(load_yaml_file("teacher.yaml")["models"]["model"]).eval()
@@ -189,7 +189,7 @@ def test_a_student_of_another_pooling(progressive, taught, write, capsys):
     _, found = answer(taught / "select")
     words = shlex.split(found["mamba_pkd_s2"]["how"])
     assert main([*words[1:-1], "hf"]) == 0
-    loaded: Any = timm.create_model("local-dir:runs/mamba_pkd_s2/export/mamba_pkd_s2", pretrained=True).eval()
+    loaded: Any = timm.create_model("local-dir:run/export/mamba_pkd_s2", pretrained=True).eval()
     job = prepare(taught / "config.yaml", torch.device("cpu"))
     load_weights(job.student, taught / "weights" / "ensemble.safetensors")
     ensemble: Any = job.student.eval()
@@ -238,6 +238,29 @@ def wrong(models, table):
 def fails(models, table):
     raise KeyError("x")
 
+class Fails(torch.nn.Module):
+    def forward(self, x):
+        if len(x) > 1:
+            raise IndexError("too many images")
+        return torch.zeros(len(x), 3)
+
+class OneImage(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros(1, 3)
+
+def later(models, table):
+    return {"later": Fails()}
+
+def one(models, table):
+    return {"one": OneImage()}
+
+def spoils(models, table):
+    for model in models.values():
+        model.train().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.zero_()
+    return {"small": OneImage()} if "small" in models else {}
+
 number = 3
 """
 
@@ -250,12 +273,22 @@ def test_propose(taught, capsys, monkeypatch):
     assert found["both"]["kind"] == "proposed" and found["both"]["how"]
     parts = [found["mamba_pkd_s1"], found["test_resnet"]]
     assert found["both"]["macs"] == pytest.approx(sum(part["macs"] for part in parts))
-    assert select(taught, "--propose", "my_proposals:nothing", "--output", "again") == 0
+    assert select(taught, "--propose", "my_proposals:nothing", "--output", "out") == 0
+    earlier, of_earlier = answer(Path("out/old-1"))
+    assert of_earlier.keys() == found.keys() and earlier["made_by"] != answer(Path("out"))[0]["made_by"]
+    assert f"what was there before: {Path('out/old-1')}" in capsys.readouterr().out
+    assert select(taught, "--propose", "my_proposals:spoils", "--output", "again") == 0
+    spoiled = answer(Path("again"))[1]
+    assert {name: one["accuracy"] for name, one in spoiled.items()} == {
+        name: found[name]["accuracy"] for name in spoiled
+    }
     capsys.readouterr()
     for name, message in {
         "my_proposals:wrong": "must return a dictionary of new names and torch modules",
         "my_proposals:fails": "--propose my_proposals:fails: 'x' is missing or unknown",
         "my_proposals:number": "is no function",
+        "my_proposals:later": "later cannot be measured on cpu: too many images",
+        "my_proposals:one": "one must return logits (8, classes) for 8 images, got (1, 3)",
         "my_proposals:absent": "must be MODULE:FUNCTION of a module that can be imported",
         "no_such_module:f": "must be MODULE:FUNCTION of a module that can be imported",
     }.items():

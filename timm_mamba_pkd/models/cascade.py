@@ -99,13 +99,16 @@ class Run:
 
 
 @torch.no_grad()
-def run_cascade(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
-    """Predict images (B, in_chans, H, W), each with as many students as ``policy`` has it use."""
+def run_cascade(cascade: Cascade, x: Tensor, policy: Any, size: int | None = None) -> Prediction:
+    """Predict images (B, in_chans, H, W), each with as many students as ``policy`` has it use.
+
+    ``size``, B or more, is that of the batch which the first student gets; B if None.
+    """
     run = Run(cascade, x)
-    steps, positions = cascade.steps(x), cascade.active_positions
-    done: list[Tensor] = []
     rest = torch.arange(len(x), device=x.device)
-    size = len(x)  # of the batch that is computed, of which the first ones are the rest
+    size = len(x) if size is None else size  # of the batch that is computed, of which the first ones are the rest
+    steps, positions = cascade.steps(torch.cat([x, x[:1].expand(size - len(x), -1, -1, -1)])), cascade.active_positions
+    done: list[Tensor] = []
     found: list[tuple[Tensor, Tensor, int]] = []  # who left, with what logits, after how many students
     for k, position in enumerate(positions, start=1):
         done.append(steps.logits(position))

@@ -298,7 +298,15 @@ class MambaPKDEnsemble(nn.Module):
         return predict(self, x, self.policy if policy is None else policy)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes."""
+        """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes.
+
+        Raises:
+            ValueError: ``x`` are no images (B, in_chans, H, W).
+        """
+        check_images(x, self.in_chans)
+        return self._anytime(x)
+
+    def _anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         done: list[Tensor] = []
         for logits in self.run(x):
             done.append(logits)

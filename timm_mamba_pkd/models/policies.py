@@ -57,10 +57,11 @@ def predict(cascade: Cascade, x: Tensor, policy: Any) -> Prediction:
     """
     if policy is None:
         raise ValueError("there is no policy: fit one by mamba-pkd calibrate, or give one")
-    if not hasattr(policy, "going_on"):
+    if isinstance(policy, type) or not hasattr(policy, "going_on"):
         raise ValueError(f"policy must be a Confidence, Agreement, Budget or Depth, got {policy!r}")
     policy.start(cascade, x)
-    return run_cascade(cascade, x, policy)
+    in_time = isinstance(policy, Budget) and policy.milliseconds is not None
+    return run_cascade(cascade, x, policy, padded(len(x)) if in_time else None)
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,15 @@ class Confidence(nn.Module):
 
     def going_on(self, run: Run) -> Tensor:
         k = run.k - 1
-        return confidence(run.logits[-1], self.measure, self.temperatures[k]) <= self.thresholds[k]
+        return ~(confidence(run.logits[-1], self.measure, self.temperatures[k]) > self.thresholds[k])  # NaN goes on
 
     def first(self, k: int) -> "Confidence":
-        """The policy of the first ``k`` students."""
+        """The policy of the first ``k`` students.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        check_count("k", k, 1, len(self.temperatures))
         return Confidence(self.thresholds[: k - 1], self.temperatures[:k], self.measure)
 
     @staticmethod
@@ -190,11 +196,13 @@ class Budget:
     """The batch takes no more than so many multiply-accumulates, or milliseconds, in all.
 
     As many images as the rest of the budget allows, in batches of the sizes of `padded`, go on to the next student,
-    those whose largest probability is smallest first. Milliseconds are counted from the call of ``predict``. What a
-    student takes, twice the slowest of some runs, is measured when first a batch of a new size comes to an ensemble.
+    those whose largest probability is smallest first. For milliseconds, which are counted from the call of ``predict``,
+    the first batch is padded as well, and the students must have been timed on batches of these sizes: call `measure`
+    once before. A student is taken to need twice its slowest run.
 
     Raises:
-        ValueError: not one of the two is given, or it is not above 0, or it does not suffice for the first student.
+        ValueError: not one of the two is given, or it is not above 0; in ``predict``: it does not suffice for the first
+            student, or the students have not been timed on such batches.
     """
 
     macs: float | None = None
@@ -206,14 +214,36 @@ class Budget:
             raise ValueError("a budget is either macs or milliseconds: give one of them")
         _numbers("a budget", given, lambda value: value > 0, "a number above 0")
 
+    @staticmethod
+    def measure(cascade: Any, x: Tensor) -> None:
+        """Time the students of an ensemble or `OnnxCascade` on batches of up to B images like ``x``, (B, C, H, W).
+
+        Takes about a second for each of the sizes 1, 2, 3, 4, 6, 8, 12, ... up to the first that holds B, at most; once
+        for an ensemble, size and type of images, device and process. Nothing else should run meanwhile.
+
+        Raises:
+            ValueError: as ``predict``.
+        """
+        cascade.predict(x[:1], Depth(1))
+        known = _times(cascade, x)
+        for size in _sizes(padded(len(x))):
+            if size not in known:
+                if not known:
+                    run_cascade(cascade, x[:size], _Watch())  # what is made once and for all does not count
+                known[size] = _slowest_steps(cascade, x[torch.arange(size, device=x.device) % len(x)])
+
     def start(self, cascade: Cascade, x: Tensor) -> None:
+        budget: Any = self.milliseconds if self.macs is None else self.macs
         if self.macs is not None:
-            least = len(x) * cascade.step_macs(x.shape[1:])[0]
-            unit, budget = "MACs", self.macs
+            unit, least = "MACs", len(x) * cascade.step_macs(x.shape[1:])[0]
         else:
-            least = 1000 * _seconds(cascade, x)[len(x)][0]
-            unit, budget = "ms", self.milliseconds
-        assert budget is not None
+            times = _times(cascade, x).get(padded(len(x)))
+            if times is None:
+                images = f"{len(x)} images of {'x'.join(map(str, x.shape[1:]))}"
+                raise ValueError(
+                    f"the students have not been timed on {images}: call Budget.measure(ensemble, x) before"
+                )
+            unit, least = "ms", 1000 * times[0]
         if least > budget:
             raise ValueError(
                 f"a budget of {budget:g} {unit} does not suffice for the first student, which takes {least:.4g} {unit} "
@@ -221,30 +251,22 @@ class Budget:
             )
 
     def going_on(self, run: Run) -> Tensor:
-        sizes = _sizes(len(run.x))
         if self.macs is not None:
-            fitting = [size for size in sizes if run.macs + size * run.next_macs <= self.macs]
+            fitting = [size for size in _sizes(len(run.x)) if run.macs + size * run.next_macs <= self.macs]
         else:
             assert self.milliseconds is not None
-            times, left = _seconds(run.cascade, run.x), self.milliseconds / 1000 - run.seconds
-            fitting = [size for size in sizes if times[size][run.k] <= left]
-        count = max(fitting, default=0)
-        return _least_sure(run.logits[-1], count)
+            times, left = _times(run.cascade, run.x), self.milliseconds / 1000 - run.seconds
+            fitting = [size for size in _sizes(padded(len(run.x))) if times[size][run.k] <= left]
+        return _least_sure(run.logits[-1], max(fitting, default=0))
 
 
-_MEASURED: WeakKeyDictionary[Any, dict[Any, dict[int, list[float]]]] = WeakKeyDictionary()
+_TIMES: WeakKeyDictionary[Any, dict[Any, dict[int, list[float]]]] = WeakKeyDictionary()
 
 
-def _seconds(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
-    """What each student takes at most, by the size of the batch."""
+def _times(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
+    """Seconds that each student is taken to need for a batch of images like ``x``, by the size of the batch."""
     key = x.shape[1:], x.dtype, x.device, tuple(cascade.active_positions)
-    known = _MEASURED.setdefault(cascade, {}).setdefault(key, {})
-    for size in _sizes(len(x)):
-        if size not in known:
-            if not known:
-                run_cascade(cascade, x[:size], _Watch())  # what is made once and for all does not count
-            known[size] = _slowest_steps(cascade, x[:size])
-    return known
+    return _TIMES.setdefault(cascade, {}).setdefault(key, {})
 
 
 def _sizes(batch: int) -> list[int]:
@@ -292,6 +314,13 @@ def _numbers(what: str, values: Any, allowed: Any, words: str) -> list[float]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{what} must be a list of numbers, got {values!r}")
     for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or not allowed(float(value)) or math.isinf(value):
+        if not _is_finite(value) or not allowed(float(value)):
             raise ValueError(f"{what} must be {words}, got {value!r}")
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and not math.isinf(float(value))
+    except OverflowError:
+        return False

@@ -158,9 +158,13 @@ def _members_of_ensemble(run: RunFolder, ensemble: MambaPKDEnsemble, samples: Sa
             logger.warning("%s is no candidate alone: it reuses the features of earlier students", name)
             continue
         weights = run.weights(f"{i + 1}_{name}")
+        if not weights.is_file():
+            logger.warning("%s is no candidate alone: its weights in %s are missing", name, weights)
+            continue
         pool = ensemble.global_pool
         kwargs = [] if pool is None else ["--model-kwargs", f"global_pool={pool}"]
-        how = _export(name, "--checkpoint", str(weights), "--config", str(run.config), *kwargs)
+        words = ["--checkpoint", str(weights), "--config", str(run.config), "--output", str(run.path / "export")]
+        how = _export(name, *words, *kwargs)
         yield Member(name, "student", ensemble.alone(i), samples, how)
     if positions == list(range(len(positions))):
         for k in range(1 if ensemble.weights is not None else 2, 1 + len(positions)):

@@ -1,6 +1,7 @@
 """``mamba-pkd select``: measures candidates on labelled samples and says which to take under constraints."""
 
 import argparse
+import copy
 import importlib
 import os
 import shlex
@@ -34,12 +35,12 @@ from timm_mamba_pkd.runner.named import try_image
 from timm_mamba_pkd.runner.pool import Member, Samples, gather
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
-from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
+from timm_mamba_pkd.runner.run_folder import RunFolder, move_to_old, new_folder
 
 ROUNDS, REPEATS = 5, 10  # of timing: each round times every candidate
 
-# What --propose names: from the candidates' models by name (no cascades), in eval mode, and what was measured of all,
-# to further models by new names, which take the images of the first candidate. An empty dictionary proposes nothing.
+# What --propose names: from copies of the candidates' models by name (no cascades), and what was measured of all, to
+# further models by new names, which take the images of the first candidate. An empty dictionary proposes nothing.
 Propose = Callable[[Mapping[str, nn.Module], Table], Mapping[str, nn.Module]]
 
 
@@ -57,9 +58,6 @@ def run_select(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     default = RunFolder(args.runs[0]).path if args.runs else Path("runs")
     folder = Path(args.output).expanduser() if args.output else default / "select"
-    for name in FILES:
-        if (folder / name).exists():
-            raise ConfigError(f"{folder / name} exists already: choose another --output, or move it away")
     pool = gather(args)
     with new_folder(folder):
         table = _measure(pool, device, args)
@@ -68,9 +66,10 @@ def run_select(args: argparse.Namespace) -> None:
             table = _measure(pool, device, args)
         about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None)}
         document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
+        old = move_to_old(folder, *(folder / name for name in FILES))
         write_selection(document, folder)
     print(selection_to_text(document), end="")
-    print(f"\nTable, plot and page: {folder}")
+    print(f"\nTable, plot and page: {folder}" + ("" if old is None else f"; what was there before: {old}"))
 
 
 @dataclass
@@ -142,17 +141,19 @@ def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namesp
                     member.kind,
                     macs=macs / 1e6,
                     params=count_params(member.model) / 1e6,
-                    memory=measure_peak_memory(member.model, torch.zeros(1, *size), device) / 2**20,
+                    memory=round(measure_peak_memory(member.model, torch.zeros(1, *size), device) / 2**10) / 2**10,
                     latency=min(times),  # of the quietest round
                     predictions=predicted,
                 )
             )
-    except RuntimeError as error:  # memory that is not there, or an operator that the device does not have
+    except ConfigError:
+        raise
+    except Exception as error:  # memory or operators that are not there, or whatever a proposed model raises
         raise _cannot_measure(name, device, error) from error
     return Table(candidates, targets, args.min_disagreement, args.seed)
 
 
-def _cannot_measure(name: str, device: torch.device, error: RuntimeError) -> ConfigError:
+def _cannot_measure(name: str, device: torch.device, error: Exception) -> ConfigError:
     return ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}")
 
 
@@ -174,9 +175,9 @@ def _predict(pool: Sequence[Member], device: torch.device, exits: Mapping[str, _
             for member, batches in zip(group, found, strict=True):
                 try:
                     logits = _logits(member, images, exits.get(member.name))
-                except RuntimeError as error:
+                except Exception as error:
                     raise _cannot_measure(member.name, device, error) from error
-                _require_classes(labels, logits.shape[-1], member)
+                _require_classes(labels, logits, member)
                 batches.append(logits.argmax(-1).cpu())
             targets.append(labels.to(torch.int64))
         targets = torch.cat(targets)
@@ -192,7 +193,13 @@ def _predict(pool: Sequence[Member], device: torch.device, exits: Mapping[str, _
     return [predicted[member.name] for member in pool], first[1]
 
 
-def _require_classes(labels: Tensor, outputs: int, member: Member) -> None:
+def _require_classes(labels: Tensor, logits: Any, member: Member) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"{member.name} must return logits ({len(labels)}, classes) for {len(labels)} images, got {got}"
+        )
+    outputs = logits.shape[-1]
     if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
         raise ConfigError(f"the samples of {member.samples.name} have no labels: they must be classes from 0")
     if int(labels.max()) >= outputs:
@@ -222,7 +229,8 @@ def _find_propose(args: argparse.Namespace) -> Propose:
 def _proposed(propose: Propose, pool: Sequence[Member], table: Table, args: argparse.Namespace) -> list[Member]:
     """The candidates that a function proposes; they take the images of the first candidate, and are run as this is."""
     try:
-        models: Any = propose({member.name: member.model for member in pool if member.policy is None}, table)
+        copies = {member.name: copy.deepcopy(member.model) for member in pool if member.policy is None}
+        models: Any = propose(copies, table)
     except Exception as error:  # whatever the function raises
         raise ConfigError(f"--propose {args.propose}: {explain(error)}") from error
     known = {member.name for member in pool}
