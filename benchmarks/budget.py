@@ -3,8 +3,8 @@
     python benchmarks/budget.py --batches 1000
 
 Batches of random sizes, each with a budget drawn between what the first student takes and what all of them take, after
-`Budget.measure`, whose time is printed as well. Prints how many batches were within their budgets, by how much the others were over, and how much of the
-budget the batches used.
+`Budget.measure`, whose time is printed as well. Prints how many batches were within their budgets, by how much the
+others were over, and how much of the budget the batches used.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import timm
 import torch
 
 from timm_mamba_pkd.models import Budget, Depth
+from timm_mamba_pkd.models.cascade import padded
 
 
 def main() -> None:
@@ -27,17 +28,18 @@ def main() -> None:
     random.seed(0)
     torch.manual_seed(0)
     ensemble = timm.create_model("mamba_pkd_ensemble", num_classes=10, in_chans=1, img_size=args.img_size).eval()
-    images = torch.randn(args.largest, 1, args.img_size, args.img_size)
+    images = torch.randn(padded(args.largest), 1, args.img_size, args.img_size)
+    spans = {
+        size: [milliseconds(ensemble, images[:size], k) for k in (1, 7)]
+        for size in {padded(count) for count in range(1, args.largest + 1)}
+    }
     began = time.perf_counter()
-    Budget.measure(ensemble, images)
+    Budget.measure(ensemble, images[: args.largest])
     print(f"Budget.measure for batches of up to {args.largest}: {time.perf_counter() - began:.1f} s")
-    spans = {}
     taken, over = [], []
     for _ in range(args.batches):
         size = random.randint(1, args.largest)
-        if size not in spans:
-            spans[size] = [milliseconds(ensemble, images[:size], k) for k in (1, 7)]
-        least, most = spans[size]
+        least, most = spans[padded(size)]
         while True:
             budget = random.uniform(least, max(1.2 * most, 2 * least))
             began = time.perf_counter()

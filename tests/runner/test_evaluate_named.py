@@ -168,6 +168,8 @@ def test_an_image_that_can_be_read_when_it_is_tried_again(place, capsys, monkeyp
 WRONG = {
     "--model mamba_pkd_s9 --checkpoint w.pt": "unknown model 'mamba_pkd_s9'",
     "--model mamba_pkd_s1": "mamba_pkd_s1 has no weights: name a file by --checkpoint",
+    "--model mamba_pkd_s1.mnist --num-classes 3": "mamba_pkd_s1.mnist brings its weights: leave --checkpoint, --num-",
+    "--model mamba_pkd_s1.nist": "mamba_pkd_s1.nist has no weights: name a file by --checkpoint",
     "--model mamba_pkd_s1 --checkpoint gone.pt": "weights file gone.pt does not exist",
     "--model mamba_pkd_s1 --checkpoint data": "weights file data is a directory",
     "--model mamba_pkd_s2 --checkpoint w.safetensors": "is of another model than MambaPKD",

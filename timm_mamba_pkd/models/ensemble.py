@@ -22,7 +22,7 @@ from timm_mamba_pkd.models.arguments import (
 from timm_mamba_pkd.models.cascade import Prediction
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
 from timm_mamba_pkd.models.macs import count_macs
-from timm_mamba_pkd.models.mamba_pkd import STUDENTS, MambaPKD, cfg
+from timm_mamba_pkd.models.mamba_pkd import STUDENTS, TAGS, MambaPKD, cfg
 from timm_mamba_pkd.models.policies import Confidence, Policy, predict
 from timm_mamba_pkd.models.reuse import Pass, Reuse, run_students
 from timm_mamba_pkd.models.state_dict import classifier_names, fit_state_dict, require_architecture
@@ -374,7 +374,9 @@ def _read_active(module: nn.Module, incompatible_keys: Any) -> None:
         module._positions = module.active.nonzero()[:, 0].tolist()
 
 
-default_cfgs = generate_default_cfgs({"mamba_pkd_ensemble.untrained": cfg(first_conv=(), classifier=())})
+default_cfgs = generate_default_cfgs(
+    {f"mamba_pkd_ensemble.{tag}": cfg(first_conv=(), classifier=(), **traits) for tag, traits in TAGS.items()}
+)
 
 
 @register_model
@@ -392,4 +394,6 @@ def mamba_pkd_ensemble(pretrained: bool = False, **kwargs: Any) -> MambaPKDEnsem
         MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, pretrained_filter_fn=filter_fn, **kwargs
     )
     model.num_classes_given = given
+    if "img_size" not in kwargs:
+        model.set_input_size(model.pretrained_cfg["input_size"][1:])
     return model

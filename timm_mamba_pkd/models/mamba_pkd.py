@@ -7,6 +7,7 @@ blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -302,10 +303,16 @@ class MambaPKD(nn.Module):
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Native weights, bare or under torchdistill's ``model`` key; timm adapts their input channels and class count.
 
+    Of the weights of an ensemble of s1 to s7, such as come with the package, a student takes its own.
+
     Raises:
         RuntimeError: they are of another architecture; names the first keys that differ.
     """
     state_dict = state_dict.get("model", state_dict)
+    position = list(STUDENTS).index(model.pretrained_cfg["architecture"])  # pyright: ignore
+    prefix = f"students.{position}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    state_dict = own or state_dict
     require_architecture(model, state_dict, {"stem.conv.weight", *classifier_names(model)})
     return state_dict
 
@@ -320,7 +327,19 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": cfg() for name in STUDENTS})
+# Of each data set one file in the package has the weights of the whole ensemble, and so of each student. The first of
+# these tags would be timm's default without the star.
+TAGS: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "file": str(Path(__file__).parents[1] / "weights" / "mnist.safetensors"),
+        "num_classes": 10, "input_size": (1, 28, 28), "mean": (0.1307,), "std": (0.3081,),
+    },
+    "untrained*": {},
+}  # fmt: skip
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.{tag}": cfg(**traits) for name in STUDENTS for tag, traits in TAGS.items()}
+)
 
 
 def _create(variant: str, pretrained: bool, feature_cfg: dict[str, Any] | None = None, **kwargs: Any) -> MambaPKD:
@@ -335,6 +354,9 @@ def _create(variant: str, pretrained: bool, feature_cfg: dict[str, Any] | None =
     )
     if isinstance(model, MambaPKD):  # no features_only wrapper
         model.num_classes_given = "num_classes" in kwargs
+        if "img_size" not in kwargs:
+            pretrained_cfg: Any = model.pretrained_cfg
+            model.set_input_size(pretrained_cfg["input_size"][1:])
     return model
 
 

@@ -35,7 +35,10 @@ def run_benchmark(args: argparse.Namespace) -> None:
         if results_file.exists():
             raise ConfigError(f"--results-file {results_file} exists already: name another, or move it away")
         make_folder(results_file.parent)
-    models = [(name, *create_named(name, args.num_classes, args.in_chans, args.img_size)) for name in args.models]
+    models = [
+        (name, *create_named(name, args.num_classes, args.in_chans, args.img_size, weights=False))
+        for name in args.models
+    ]
     results = []
     for name, model, input_size in models:
         try:

@@ -22,7 +22,7 @@ from timm_mamba_pkd.report import count_params
 from timm_mamba_pkd.runner.device import find_device, precision
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate import evaluate
-from timm_mamba_pkd.runner.named import create_named
+from timm_mamba_pkd.runner.named import brings_weights, create_named
 from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError, all_unreadable
 
 SHOWN = 10  # broken images that are named one by one
@@ -95,19 +95,23 @@ def naming_all_unreadable(images: Readable, workers: int) -> Iterator[None]:
 def load_named(args: argparse.Namespace) -> tuple[Any, tuple[int, int, int]]:
     """The model with its weights. What is not given, the checkpoint's first convolution and classifier say."""
     sizes: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
-    if ":" in args.model:
-        if args.checkpoint is not None or any(sizes.values()):
-            raise ConfigError(f"{args.model} brings its weights: leave --checkpoint, --num-classes and --in-chans out")
+    if ":" in args.model or (args.checkpoint is None and brings_weights(args.model)):
+        if args.checkpoint is not None or any(sizes.values()) or args.model_kwargs:
+            raise ConfigError(
+                f"{args.model} brings its weights: leave --checkpoint, --num-classes, --in-chans and --model-kwargs out"
+            )
         return create_named(args.model, img_size=args.img_size)
     if args.checkpoint is None:
         raise ConfigError(f"{args.model} has no weights: name a file by --checkpoint")
     with torch.device("meta"):
-        template, _ = create_named(args.model, try_it=False, model_kwargs=args.model_kwargs)
+        template, _ = create_named(args.model, try_it=False, weights=False, model_kwargs=args.model_kwargs)
     try:
         state = read_weights(args.checkpoint)
         found = _sizes(template, state)
         sizes = {name: found.get(name) if value is None else value for name, value in sizes.items()}
-        model, input_size = create_named(args.model, **sizes, img_size=args.img_size, model_kwargs=args.model_kwargs)
+        model, input_size = create_named(
+            args.model, **sizes, img_size=args.img_size, weights=False, model_kwargs=args.model_kwargs
+        )
         load_state(model, state, args.checkpoint)
     except WeightsError as error:
         raise ConfigError(str(error)) from error

@@ -21,7 +21,7 @@ from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
-from timm_mamba_pkd.runner.named import create_named
+from timm_mamba_pkd.runner.named import brings_weights, create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.streams import first_samples
@@ -76,7 +76,8 @@ def find_subject(args: argparse.Namespace) -> Subject:
     path = Path(args.model).expanduser()
     if ":" not in args.model and not is_model(args.model) and (path.is_dir() or "/" in args.model):
         return _find_in_run(args, RunFolder(path))
-    if ":" in args.model and (args.num_classes is not None or args.in_chans is not None):
+    own_weights = brings_weights(args.model) and args.checkpoint is None
+    if (":" in args.model or own_weights) and (args.num_classes is not None or args.in_chans is not None):
         raise ConfigError(f"--num-classes and --in-chans are those of {args.model}: leave them out")
     if ":" in args.model and args.model_kwargs:
         raise ConfigError(f"--model-kwargs are those of {args.model}: leave them out")
@@ -90,8 +91,10 @@ def find_subject(args: argparse.Namespace) -> Subject:
         config = prepare_trained(args.config, _folders(args, RunFolder(Path("runs") / args.model)))
         channels, *size = config.input_size
         sizes = {"num_classes": config.num_classes, "in_chans": channels, "img_size": tuple(size)}
-    whole, input_size = create_named(args.model, **sizes, model_kwargs=args.model_kwargs)
-    exportable, _ = create_named(args.model, **sizes, exportable=True, model_kwargs=args.model_kwargs)
+    whole, input_size = create_named(args.model, **sizes, weights=own_weights, model_kwargs=args.model_kwargs)
+    exportable, _ = create_named(
+        args.model, **sizes, exportable=True, weights=own_weights, model_kwargs=args.model_kwargs
+    )
     if args.checkpoint is not None:
         _load(whole, Path(args.checkpoint))
     elif broken := not_finite(whole.state_dict()):
@@ -99,7 +102,7 @@ def find_subject(args: argparse.Namespace) -> Subject:
     exportable.load_state_dict(whole.state_dict())
     name = Path(args.model.partition(":")[2] or args.model).name
     subject = _subject(args, name, whole, exportable, input_size, config, None)
-    if args.checkpoint is None and ":" not in args.model:
+    if args.checkpoint is None and not own_weights:
         logger.warning("%s is exported with random weights: name trained ones by --checkpoint", args.model)
     return subject
 

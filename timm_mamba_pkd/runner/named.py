@@ -5,13 +5,25 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_model_input_config, is_model, is_model_in_modules, resolve_model_input_args
+from timm.models import (
+    get_model_input_config,
+    is_model,
+    is_model_in_modules,
+    is_model_pretrained,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
 from torch import nn
 
 from timm_mamba_pkd.distillation import unknown_name
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
 
 OURS = ("mamba_pkd", "ensemble")  # modules in timm's registry
+
+
+def brings_weights(name: str) -> bool:
+    """Whether a name stands for weights: timm's ``local-dir:FOLDER`` or ``hf-hub:REPO``, or a tag that has some."""
+    return ":" in name or (bool(split_model_name_tag(name)[1]) and is_model_pretrained(name))
 
 
 def create_named(
@@ -21,15 +33,17 @@ def create_named(
     img_size: int | tuple[int, int] | None = None,
     exportable: bool = False,
     try_it: bool = True,
+    weights: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, tuple[int, int, int]]:
     """Create a model of timm in eval mode, and try it on one image.
 
     Args:
-        name: a name in timm's registry, or timm's ``local-dir:FOLDER`` or ``hf-hub:REPO``, which bring weights along.
+        name: a name in timm's registry, or timm's ``local-dir:FOLDER`` or ``hf-hub:REPO``.
         num_classes, in_chans, img_size: those of the model or of its weights if None.
         exportable: make it in timm's exportable mode.
         try_it: whether to try it on an image.
+        weights: whether a tag brings its weights along; a folder always does.
         model_kwargs: ``--model-kwargs``, more of ``timm.create_model``'s.
 
     Returns:
@@ -42,15 +56,15 @@ def create_named(
     for size_name in ("num_classes", "in_chans", "img_size"):
         if size_name in model_kwargs:
             raise ConfigError(f"--model-kwargs {size_name} has a flag of its own: --{size_name.replace('_', '-')}")
-    has_weights = ":" in name
-    if not has_weights and not is_model(name):
+    if ":" not in name and not is_model(name):
         raise ConfigError(unknown_name("model", name, timm.list_models()))
     try:
         size = {"img_size": img_size}
         kwargs = resolve_model_input_args(name, size, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
         if img_size is not None and is_model_in_modules(kwargs["model_name"], OURS):
             kwargs["img_size"] = img_size
-        model: Any = timm.create_model(pretrained=has_weights, exportable=exportable, **kwargs).eval()
+        pretrained = ":" in name or (weights and brings_weights(name))
+        model: Any = timm.create_model(pretrained=pretrained, exportable=exportable, **kwargs).eval()
     except Exception as error:  # whatever a model's constructor, or a folder that is none, raises
         raise ConfigError(f"model {name} cannot be created: {explain(error)}") from error
     channels, *own = get_model_input_config(model)["input_size"]

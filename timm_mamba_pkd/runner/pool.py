@@ -26,7 +26,7 @@ from timm_mamba_pkd.runner.evaluate_named import (
     naming_all_unreadable,
     open_images,
 )
-from timm_mamba_pkd.runner.named import try_image
+from timm_mamba_pkd.runner.named import brings_weights, try_image
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.source import Source, child, pairs
@@ -232,7 +232,7 @@ def _name_of_teacher(how: str) -> str:
 def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Member:
     """A model by NAME=CHECKPOINT, or by a name that brings weights, on these samples or on its own kind of images."""
     name, _, checkpoint = (text, "", "") if text.startswith(("local-dir:", "hf-hub:")) else text.partition("=")
-    if ":" not in name and not checkpoint:
+    if not checkpoint and not brings_weights(name):
         raise ConfigError(f"--models {text} has no weights: write {text}=CHECKPOINT, or local-dir: or hf-hub:")
     size = args.img_size if samples is None else samples.input_size[1:]
     own = {"model": name, "checkpoint": checkpoint or None, "img_size": size}

@@ -1,0 +1,105 @@
+"""The weights in the package, as timm's pretrained tags: nothing is downloaded."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.datasets import MNIST
+
+import timm_mamba_pkd
+from timm_mamba_pkd.cli import main
+from timm_mamba_pkd.models import STUDENTS
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = Path(timm_mamba_pkd.__file__).parent / "weights"
+DATASETS = [path.stem for path in sorted(WEIGHTS.glob("*.safetensors"))]
+
+
+def create(name: str, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def images(model: Any) -> Tensor:
+    return torch.randn(3, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+
+
+def test_what_there_is():
+    tags = {f"{name}.{dataset}" for name in [*STUDENTS, "mamba_pkd_ensemble"] for dataset in DATASETS}
+    assert DATASETS and set(timm.list_pretrained("mamba_pkd*")) == tags
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 12e6
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_students_and_ensemble_are_of_one_file(dataset):
+    ensemble = create(f"mamba_pkd_ensemble.{dataset}")
+    state, saved = ensemble.state_dict(), load_file(WEIGHTS / f"{dataset}.safetensors")
+    assert state.keys() == saved.keys() and ensemble.names == tuple(STUDENTS) and ensemble.num_active == len(STUDENTS)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, saved[name].to(tensor.dtype)), name
+    x = images(ensemble)
+    assert tuple(ensemble.img_size) == x.shape[2:]
+    with torch.inference_mode():
+        for name, logits in zip(STUDENTS, ensemble.run(x), strict=True):
+            student = create(f"{name}.{dataset}")
+            assert next(student.parameters()).dtype == torch.float32 and tuple(student.img_size) == x.shape[2:]
+            assert student.num_classes == logits.shape[1] == ensemble.num_classes
+            torch.testing.assert_close(student(x), logits)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_ensemble"])
+def test_another_class_count(name, dataset):
+    own, other = create(f"{name}.{dataset}"), create(f"{name}.{dataset}", num_classes=3)
+    kept = {key for key, tensor in own.state_dict().items() if "fc" not in key and not key.startswith("policy.")}
+    assert kept < other.state_dict().keys()
+    assert all(torch.equal(own.state_dict()[key], other.state_dict()[key]) for key in kept)
+    assert other(images(own)).shape == (3, 3)
+
+
+def test_colour_images():
+    grey, colour = create("mamba_pkd_s1.mnist"), create("mamba_pkd_s1.mnist", in_chans=3)
+    x = images(grey)
+    torch.testing.assert_close(
+        colour(x.expand(-1, 3, -1, -1)), grey(x), rtol=0.01, atol=0.01
+    )  # timm divides the halves by 3
+
+
+def test_the_default_is_untrained():
+    model: Any = timm.create_model("mamba_pkd_s1", device="meta")
+    assert model.pretrained_cfg["tag"] == "untrained"
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for mamba_pkd_s1"):
+        create("mamba_pkd_s1")
+
+
+@pytest.mark.parametrize(("name", "row"), [("mamba_pkd_s1", "mamba_pkd_s1"), ("mamba_pkd_s3", "mamba_pkd_s3")])
+def test_accuracy(name, row, data_root, capsys):
+    """As `benchmarks/accuracy` says, but for half precision."""
+    with (ROOT / "benchmarks" / "accuracy" / "mnist" / "results.csv").open() as file:
+        claimed = next(float(line["top1"]) for line in csv.DictReader(file) if line["model"] == row)
+    flags = ["--dataset", "torch/mnist", "--split", "validation", "--workers", "0", "--batch-size", "500"]
+    assert main(["evaluate", "--model", f"{name}.mnist", "--data-root", str(data_root), *flags, "--device", "cpu"]) == 0
+    printed = float(capsys.readouterr().out.split("Acc@1 ")[1].split()[0])
+    assert printed == pytest.approx(claimed, abs=0.05) and len(MNIST(str(data_root), train=False)) == 10000
+
+
+def test_export_and_select_take_them(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "mamba_pkd_s1.mnist", "--format", "hf"]) == 0 and not caplog.records
+    loaded = timm.create_model("local-dir:runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist", pretrained=True).eval()
+    own = create("mamba_pkd_s1.mnist")
+    torch.testing.assert_close(loaded(images(own)), own(images(own)))
+    for label in range(2):
+        (tmp_path / "data" / "val" / str(label)).mkdir(parents=True)
+        Image.new("L", (28, 28), 100 * label).save(tmp_path / "data" / "val" / str(label) / "0.png")
+    names = ["mamba_pkd_s1.mnist", "mamba_pkd_s2.mnist"]
+    assert main(["select", "--models", *names, "--data-root", "data", "-j", "0", "--output", "out"]) == 0
+    candidates = json.loads((tmp_path / "out" / "select.json").read_text())["candidates"]
+    assert [candidate["name"] for candidate in candidates] == names
