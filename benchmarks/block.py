@@ -21,9 +21,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from timm_mamba_pkd.layers import Mamba
+from timm_mamba_pkd.models import count_macs
 from timm_mamba_pkd.ops import BACKENDS
 from timm_mamba_pkd.ops.backends import VARIABLE
-from timm_mamba_pkd.report import count_macs
 
 SHAPES = ((128, 7, 64), (128, 8, 128), (64, 14, 192))
 
