@@ -86,10 +86,16 @@ def run_export(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder, which is then moved to ``path``; where the context fails nothing is left."""
+    """Where to write a file or a folder, which is then moved to ``path``; where the context fails nothing is left.
+
+    What another process has put there meanwhile stays: an OSError then names it.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        yield Path(temporary) / path.name
-        os.replace(Path(temporary) / path.name, path)
+        partial = Path(temporary) / path.name
+        yield partial
+        if not partial.is_dir():  # a folder replaces none that holds anything, but a file any
+            path.touch(exist_ok=False)
+        os.replace(partial, path)
 
 
 def _require_packages(kinds: list[str], int8: bool) -> None:
