@@ -15,7 +15,9 @@ from torchvision.datasets import MNIST
 
 import timm_mamba_pkd
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.models import STUDENTS
+from timm_mamba_pkd.deploy import sections_of_tag
+from timm_mamba_pkd.models import STUDENTS, save_weights
+from timm_mamba_pkd.report.table import read_csv, to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path(timm_mamba_pkd.__file__).parent / "weights"
@@ -52,6 +54,18 @@ def test_students_and_ensemble_are_of_one_file(dataset):
             assert next(student.parameters()).dtype == torch.float32 and tuple(student.img_size) == x.shape[2:]
             assert student.num_classes == logits.shape[1] == ensemble.num_classes
             torch.testing.assert_close(student(x), logits)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_ensemble"])
+def test_what_cards_say_is_what_was_measured(name, dataset):
+    sections = sections_of_tag(timm.create_model(f"{name}.{dataset}"))
+    assert list(sections) == ["Results", "Data", "Recipe"]
+    rows = read_csv(ROOT / "benchmarks" / "accuracy" / dataset / "results.csv")
+    assert sections["Results"].endswith(to_markdown(rows).strip())
+    config = (ROOT / "yaml_configs" / dataset / "progressive.yaml").read_text()
+    assert f"```yaml\n{config.strip()}\n```" in sections["Recipe"]
+    assert sections_of_tag(timm.create_model(name)) == {}
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -94,7 +108,14 @@ def test_export_and_select_take_them(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "mamba_pkd_s1.mnist", "--format", "hf"]) == 0 and not caplog.records
     loaded = timm.create_model("local-dir:runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist", pretrained=True).eval()
+    card = Path("runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist/README.md").read_text()
+    assert "\n## Results\n" in card and "| mamba_pkd_s1 | student | 1 | 99.25 |" in card and "2026-11-22" in card
+    assert "\n## Data\n\n- `mnist/train`: 55000 images" in card and "\n## Recipe\n" in card
     own = create("mamba_pkd_s1.mnist")
+    save_weights(own, "own.safetensors")
+    words = ["--checkpoint", "own.safetensors", "--num-classes", "10", "--in-chans", "1", "--format", "hf"]
+    assert main(["export", "mamba_pkd_s1.mnist", *words, "--output", "other"]) == 0
+    assert "Results" not in Path("other/mamba_pkd_s1.mnist/README.md").read_text()  # the file may be of any run
     torch.testing.assert_close(loaded(images(own)), own(images(own)))
     for label in range(2):
         (tmp_path / "data" / "val" / str(label)).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """``mamba-pkd export``: its files compute what the model does, its lines say so, and its errors come first."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -82,29 +83,34 @@ def test_run_folder(progressive, run, capsys):
     assert measured == [False, True]  # it was measured with all
     assert resolve_data_config(model=loaded)["mean"] == [0.0]  # the transforms end with ToTensor
     card = (folder / "export" / "ensemble_2" / "README.md").read_text()
+    today = json.loads((folder / "run.json").read_text())["starts"][0]["time"][:10]
+    assert f"The run that this model is of, begun on {today}, " in card
     assert (folder / "results.md").read_text().strip() in card
     assert (folder / "config.yaml").read_text().strip() in card
     assert "- `fake/test`: 21 images of `torchvision.datasets.fakedata.FakeData`" in card
 
 
-def test_named_model(tmp_path, capsys, monkeypatch):
+def test_named_model(tmp_path, capsys, caplog, monkeypatch):
     """Weights of a file, on the digits; then from the folder that it left, and in the default one."""
     monkeypatch.chdir(tmp_path)
     model = trained(tmp_path / "weights.safetensors")
     words = ["export", "mamba_pkd_s1", "--checkpoint", "weights.safetensors", *SMALL]
     assert main([*words, "--format", "hf", "--output", "out"]) == 0
     assert re.search(r"\nout/mamba_pkd_s1  .* 0.0e\+00 \(digits\)\n", capsys.readouterr().out)
+    (warning,) = caplog.messages
+    assert "default mean and std of mamba_pkd_s1" in warning and "--config" in warning
+    assert "Results" not in (tmp_path / "out" / "mamba_pkd_s1" / "README.md").read_text()
     assert main(["export", "local-dir:out/mamba_pkd_s1", "--format", "pt2"]) == 0
     run = FORMATS["pt2"].open(tmp_path / "runs" / "mamba_pkd_s1" / "export" / "mamba_pkd_s1.pt2")
     x = torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys):
+def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys, caplog):
     trained(tmp_path / "weights.safetensors")
     words = ["export", "mamba_pkd_s1", "--checkpoint", str(tmp_path / "weights.safetensors"), "--format", "hf"]
     assert main([*words, "--config", str(write(plain)), "--output", str(tmp_path / "out")]) == 0
-    assert "(test images)" in capsys.readouterr().out
+    assert "(test images)" in capsys.readouterr().out and not caplog.records
 
 
 def test_random_weights_are_said_to_be_random(tmp_path, caplog):
