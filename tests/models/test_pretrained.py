@@ -78,12 +78,31 @@ def test_another_class_count(name, dataset):
     assert other(images(own)).shape == (3, 3)
 
 
-def test_colour_images():
-    grey, colour = create("mamba_pkd_s1.mnist"), create("mamba_pkd_s1.mnist", in_chans=3)
+@pytest.mark.parametrize("name", ["mamba_pkd_s1.mnist", "mamba_pkd_ensemble.mnist"])
+def test_colour_images(name):
+    grey, colour = create(name), create(name, in_chans=3)
     x = images(grey)
     torch.testing.assert_close(
         colour(x.expand(-1, 3, -1, -1)), grey(x), rtol=0.01, atol=0.01
     )  # timm divides the halves by 3
+
+
+def test_students_of_an_ensemble_take_colour_images_as_they_do_alone():
+    ensemble, x = create("mamba_pkd_ensemble.mnist", in_chans=3, num_classes=3), torch.randn(2, 3, 28, 28)
+    for name, student in zip(STUDENTS, ensemble.students, strict=True):
+        alone = create(f"{name}.mnist", in_chans=3)
+        torch.testing.assert_close(student.forward_features(x), alone.forward_features(x), rtol=0, atol=0)
+    assert ensemble(x).shape == (2, 3)
+    assert create("mamba_pkd_ensemble.mnist", in_chans=3).predict(x).logits.shape == (2, 10)
+
+
+def test_other_students_than_the_weights_are_of():
+    with pytest.raises(RuntimeError) as error:
+        create("mamba_pkd_ensemble.mnist", students=["mamba_pkd_s1", "mamba_pkd_s2"])
+    assert str(error.value) == (
+        "the weights of mamba_pkd_ensemble.mnist are of 7 students, mamba_pkd_s1, mamba_pkd_s2, mamba_pkd_s3, "
+        "mamba_pkd_s4, mamba_pkd_s5, mamba_pkd_s6, mamba_pkd_s7, not of mamba_pkd_s1, mamba_pkd_s2"
+    )
 
 
 def test_the_default_is_untrained():

@@ -18,6 +18,9 @@ S1, S2 = "mamba_pkd_s1", "mamba_pkd_s2"
 ENSEMBLE = {"model_name": "mamba_pkd_ensemble", "students": [S1, "test_resnet"]}
 
 
+STEMS = ("students.0.stem.conv.weight", "students.1.conv1.0.weight")
+
+
 def make(model_name: str = S1, **kwargs) -> Any:
     return timm.create_model(model_name, **{"num_classes": 10, **kwargs})
 
@@ -248,6 +251,16 @@ def test_fine_tuning_to_other_channels_and_classes(tmp_path):
     model = pretrained(path, num_classes=7, in_chans=1)
     torch.testing.assert_close(model.stem.conv.weight, state["stem.conv.weight"].sum(1, keepdim=True))
     torch.testing.assert_close(model.norm.weight, state["norm.weight"], rtol=0, atol=0)
+
+
+def test_fine_tuning_an_ensemble_to_other_channels(tmp_path):
+    """Whatever its students call their first convolutions."""
+    ensemble = make(**ENSEMBLE)
+    save_for_hf(ensemble, str(tmp_path), safe_serialization=True)
+    model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    for name, tensor in ensemble.state_dict().items():
+        expected = tensor.sum(1, keepdim=True) if name in STEMS else tensor
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=0)
 
 
 def test_the_class_count_that_was_not_given_is_not_adapted(tmp_path):

@@ -107,6 +107,7 @@ class MambaPKDEnsemble(nn.Module):
         for student in self.students:
             if isinstance(student, MambaPKD):
                 student.adapts_classifier = False
+        self._traits: dict[str, Any] = {"first_conv": _stems(self.students)}  # which timm adapts to other channels
         self.set_input_size(img_size)
         self.reuse = nn.ModuleDict()
         self.policy = None
@@ -361,13 +362,30 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Native weights, bare or under torchdistill's ``model`` key.
 
     Raises:
-        RuntimeError: they are of other students; names the first keys that differ.
+        RuntimeError: they are of other students; names them, or the first keys that differ.
     """
     assert isinstance(model, MambaPKDEnsemble)
+    own: Any = model.pretrained_cfg
+    tag = own.get("tag")
+    if own.get("file") == TAGS.get(tag, {}).get("file") is not None and model.names != tuple(STUDENTS):
+        raise RuntimeError(
+            f"the weights of mamba_pkd_ensemble.{tag} are of {len(STUDENTS)} students, {', '.join(STUDENTS)}, not of "
+            f"{', '.join(model.names)}"
+        )
     state_dict = state_dict.get("model", state_dict)
     state_dict = {**state_dict, **adapt_to(model, state_dict)}
-    require_architecture(model, state_dict, {"weights", *classifier_names(model)})
+    stems = {f"{name}.weight" for name in model._traits["first_conv"]}
+    require_architecture(model, state_dict, {"weights", *stems, *classifier_names(model)})
     return state_dict
+
+
+def _stems(students: Iterable[Any]) -> tuple[str, ...]:
+    """The students' first convolutions, by timm's records of them."""
+    found: list[str] = []
+    for i, student in enumerate(students):
+        names = getattr(student, "_traits", {}).get("first_conv", student.pretrained_cfg.get("first_conv")) or ()
+        found += [f"students.{i}.{name}" for name in ([names] if isinstance(names, str) else names)]
+    return tuple(found)
 
 
 def _check_pool(global_pool: Any) -> None:
