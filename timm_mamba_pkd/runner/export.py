@@ -69,7 +69,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     if "hf" in kinds and args.checkpoint is not None and subject.config is None:
         logger.warning(
-            "config.json holds the default mean and std of %s: those of the run that the weights are of come by --config",
+            "config.json holds the default mean and std of %s: --config gives those of the run that the weights are of",
             args.model,
         )
 
