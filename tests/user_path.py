@@ -47,8 +47,7 @@ assert losses[1] < losses[0]
 assert 0 <= validate(model, images, labels) <= 100
 save_file(model.state_dict(), "seven.safetensors")
 
-weights = {"file": "seven.safetensors", "num_classes": 7}
-tuned: Any = timm.create_model("mamba_pkd_s3", pretrained=True, pretrained_cfg_overlay=weights, num_classes=3, **sizes)
+tuned: Any = timm.create_model("mamba_pkd_s3", num_classes=3, checkpoint_path="seven.safetensors", **sizes)
 assert torch.equal(tuned.stem.conv.weight, model.state_dict()["stem.conv.weight"])
 losses = train(tuned, images, torch.arange(21) % 3, steps=2)
 assert losses[1] < losses[0]

@@ -241,6 +241,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a name that is too long, or a folder that another process has made meanwhile
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"mamba-pkd: error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except SaidByMain:
         return 2
     except ProcessEnded as error:

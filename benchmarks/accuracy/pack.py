@@ -4,7 +4,7 @@
 
 Prints top-1 on the validation split, of each student and of the ensemble after each, in single and in half precision.
 The weights are written in half precision unless one of these falls by 0.05 points or more. The policy of early exit and
-the batch norms' counters stay as they are.
+the batch norms' counters stay as they are. Beside them, as mnist.md, goes what model cards say of the run.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, load_weights
-from timm_mamba_pkd.runner.trained import prepare_trained
+from timm_mamba_pkd.runner.card import sections_of_run
+from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.trained import Trained, prepare_trained
 
 MOST = 0.05  # points
 
@@ -50,6 +52,13 @@ def main() -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, args.output, metadata={"format": "pt"})
     precision, megabytes = "single" if lost >= MOST else "half", args.output.stat().st_size / 1e6
     print(f"{args.output}: {precision} precision, {megabytes:.1f} MB; at most {lost:.2f} points lost")
+    write_card(RunFolder(args.run), run, args.output)
+
+
+def write_card(run: RunFolder, config: Trained, weights: Path) -> None:
+    sections = sections_of_run(run, config)
+    text = "\n".join(f"## {heading}\n\n{body}\n" for heading, body in sections.items())
+    weights.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def halved(name: str, tensor: Tensor) -> Tensor:

@@ -55,6 +55,21 @@ def test_onnx_and_int8(tmp_path):
     assert 0 < difference < 0.1 * true.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_the_largest_student(kind, tmp_path):
+    if missing := FORMATS[kind].missing():
+        pytest.skip(f"there is no {missing[0]}")
+    torch.manual_seed(0)
+    model: Any = timm.create_model("mamba_pkd_s7", in_chans=1, img_size=8, num_classes=4, exportable=True).eval()
+    path = tmp_path / f"model{FORMATS[kind].suffix}"
+    FORMATS[kind].write(model, torch.randn(2, 1, 8, 8), path)
+    run = FORMATS[kind].open(path)
+    for count in (1, 7):
+        x = torch.randn(count, 1, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_pt2_names_no_file_of_this_machine(tmp_path):
     path = tmp_path / "model.pt2"
     model = make(exportable=True)

@@ -15,7 +15,9 @@ from torchvision.datasets import MNIST
 
 import timm_mamba_pkd
 from timm_mamba_pkd.cli import main
-from timm_mamba_pkd.models import STUDENTS
+from timm_mamba_pkd.deploy import sections_of_tag
+from timm_mamba_pkd.models import STUDENTS, save_weights
+from timm_mamba_pkd.report.table import read_csv, to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path(timm_mamba_pkd.__file__).parent / "weights"
@@ -56,6 +58,18 @@ def test_students_and_ensemble_are_of_one_file(dataset):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_ensemble"])
+def test_what_cards_say_is_what_was_measured(name, dataset):
+    sections = sections_of_tag(timm.create_model(f"{name}.{dataset}"))
+    assert list(sections) == ["Results", "Data", "Recipe"]
+    rows = read_csv(ROOT / "benchmarks" / "accuracy" / dataset / "results.csv")
+    assert sections["Results"].endswith(to_markdown(rows).strip())
+    config = (ROOT / "yaml_configs" / dataset / "progressive.yaml").read_text()
+    assert f"```yaml\n{config.strip()}\n```" in sections["Recipe"]
+    assert sections_of_tag(timm.create_model(name)) == {}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_ensemble"])
 def test_another_class_count(name, dataset):
     own, other = create(f"{name}.{dataset}"), create(f"{name}.{dataset}", num_classes=3)
     kept = {key for key, tensor in own.state_dict().items() if "fc" not in key and not key.startswith("policy.")}
@@ -64,12 +78,31 @@ def test_another_class_count(name, dataset):
     assert other(images(own)).shape == (3, 3)
 
 
-def test_colour_images():
-    grey, colour = create("mamba_pkd_s1.mnist"), create("mamba_pkd_s1.mnist", in_chans=3)
+@pytest.mark.parametrize("name", ["mamba_pkd_s1.mnist", "mamba_pkd_ensemble.mnist"])
+def test_colour_images(name):
+    grey, colour = create(name), create(name, in_chans=3)
     x = images(grey)
     torch.testing.assert_close(
         colour(x.expand(-1, 3, -1, -1)), grey(x), rtol=0.01, atol=0.01
     )  # timm divides the halves by 3
+
+
+def test_students_of_an_ensemble_take_colour_images_as_they_do_alone():
+    ensemble, x = create("mamba_pkd_ensemble.mnist", in_chans=3, num_classes=3), torch.randn(2, 3, 28, 28)
+    for name, student in zip(STUDENTS, ensemble.students, strict=True):
+        alone = create(f"{name}.mnist", in_chans=3)
+        torch.testing.assert_close(student.forward_features(x), alone.forward_features(x), rtol=0, atol=0)
+    assert ensemble(x).shape == (2, 3)
+    assert create("mamba_pkd_ensemble.mnist", in_chans=3).predict(x).logits.shape == (2, 10)
+
+
+def test_other_students_than_the_weights_are_of():
+    with pytest.raises(RuntimeError) as error:
+        create("mamba_pkd_ensemble.mnist", students=["mamba_pkd_s1", "mamba_pkd_s2"])
+    assert str(error.value) == (
+        "the weights of mamba_pkd_ensemble.mnist are of 7 students, mamba_pkd_s1, mamba_pkd_s2, mamba_pkd_s3, "
+        "mamba_pkd_s4, mamba_pkd_s5, mamba_pkd_s6, mamba_pkd_s7, not of mamba_pkd_s1, mamba_pkd_s2"
+    )
 
 
 def test_the_default_is_untrained():
@@ -94,7 +127,14 @@ def test_export_and_select_take_them(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "mamba_pkd_s1.mnist", "--format", "hf"]) == 0 and not caplog.records
     loaded = timm.create_model("local-dir:runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist", pretrained=True).eval()
+    card = Path("runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist/README.md").read_text()
+    assert "\n## Results\n" in card and "| mamba_pkd_s1 | student | 1 | 99.25 |" in card and "2026-11-22" in card
+    assert "\n## Data\n\n- `mnist/train`: 55000 images" in card and "\n## Recipe\n" in card
     own = create("mamba_pkd_s1.mnist")
+    save_weights(own, "own.safetensors")
+    words = ["--checkpoint", "own.safetensors", "--num-classes", "10", "--in-chans", "1", "--format", "hf"]
+    assert main(["export", "mamba_pkd_s1.mnist", *words, "--output", "other"]) == 0
+    assert "Results" not in Path("other/mamba_pkd_s1.mnist/README.md").read_text()  # the file may be of any run
     torch.testing.assert_close(loaded(images(own)), own(images(own)))
     for label in range(2):
         (tmp_path / "data" / "val" / str(label)).mkdir(parents=True)

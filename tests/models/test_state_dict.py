@@ -11,11 +11,14 @@ import torch
 from timm.models import load_checkpoint, save_for_hf
 from torch import Tensor
 
-from timm_mamba_pkd.models import save_weights
+from timm_mamba_pkd.models import STUDENTS, save_weights
 from timm_mamba_pkd.models.combination import uniform_weights
 
 S1, S2 = "mamba_pkd_s1", "mamba_pkd_s2"
 ENSEMBLE = {"model_name": "mamba_pkd_ensemble", "students": [S1, "test_resnet"]}
+
+
+STEMS = ("students.0.stem.conv.weight", "students.1.conv1.0.weight")
 
 
 def make(model_name: str = S1, **kwargs) -> Any:
@@ -115,6 +118,44 @@ def test_fine_tuning_to_another_class_count(tmp_path, caplog, load, num_classes)
     assert model(torch.randn(2, 3, 9, 9)).shape == (2, num_classes or model.num_features)
 
 
+@pytest.mark.parametrize("into", [{}, ENSEMBLE])
+@pytest.mark.parametrize("load", [checkpoint_path, later])
+def test_a_file_without_a_classifier_is_refused(tmp_path, load, into):
+    """One of another class count is there, and starts anew; one that is gone is damage."""
+    state = saved(tmp_path, **into)[1]
+    torch.save({name: tensor for name, tensor in state.items() if ".fc." not in name}, tmp_path / "w.pth")
+    for num_classes in (7, 10):
+        with pytest.raises(RuntimeError, match=r": missing (students\.0\.)?head\.fc\.weight, [^;]*$"):
+            load(tmp_path / "w.pth", **into, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("into", [{}, {**ENSEMBLE, "combination": "per_class"}])
+@pytest.mark.parametrize("strict", [True, False])
+def test_only_the_first_weights_are_adapted(tmp_path, into, strict):
+    """What is new is said to be missing, if not strict; later loads are as in torch, and leave all as it is."""
+    state = saved(tmp_path, **into)[1]
+    model = make(**into, num_classes=7)
+    with pytest.raises(RuntimeError, match="missing"):
+        model.load_state_dict({})
+    new = [name for name in state if ".fc." in name]
+    keys = model.load_state_dict(state, strict=strict)
+    assert (keys.missing_keys, keys.unexpected_keys) == ([] if strict else new, [])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for later_strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"head\.fc\.weight \(10, 32\) instead of \(7, 32\)"):
+            model.load_state_dict(state, strict=later_strict)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    model.load_state_dict(before)
+
+
+@pytest.mark.parametrize("into", [{}, {**ENSEMBLE, "students": list(STUDENTS)}])
+def test_pretrained_weights_are_the_first_ones(tmp_path, into):
+    state = saved(tmp_path, **into)[1]
+    model = pretrained(tmp_path / "weights.safetensors", **into, num_classes=7)
+    with pytest.raises(RuntimeError, match="create the model with the state dict's num_classes"):
+        model.load_state_dict(state)
+
+
 def test_a_damaged_classifier_of_the_same_class_count_is_refused(tmp_path):
     state = saved(tmp_path)[1]
     del state["head.fc.bias"]
@@ -210,6 +251,16 @@ def test_fine_tuning_to_other_channels_and_classes(tmp_path):
     model = pretrained(path, num_classes=7, in_chans=1)
     torch.testing.assert_close(model.stem.conv.weight, state["stem.conv.weight"].sum(1, keepdim=True))
     torch.testing.assert_close(model.norm.weight, state["norm.weight"], rtol=0, atol=0)
+
+
+def test_fine_tuning_an_ensemble_to_other_channels(tmp_path):
+    """Whatever its students call their first convolutions."""
+    ensemble = make(**ENSEMBLE)
+    save_for_hf(ensemble, str(tmp_path), safe_serialization=True)
+    model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    for name, tensor in ensemble.state_dict().items():
+        expected = tensor.sum(1, keepdim=True) if name in STEMS else tensor
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=0)
 
 
 def test_the_class_count_that_was_not_given_is_not_adapted(tmp_path):

@@ -1,10 +1,12 @@
 import argparse
+import logging
 import pickle
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models import WeightsError, load_weights, save_checkpoint, save_weights
@@ -92,6 +94,38 @@ def test_torch_formats(tmp_path, protocol):
         torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
         model = Tiny(2)
         load_weights(model, tmp_path / "w.pth")
+        assert_same(model, Tiny(1))
+
+
+@pytest.mark.parametrize(
+    ("order", "averaged"),
+    [
+        (["model", "state_dict", "model_ema", "state_dict_ema"], True),
+        (["model", "state_dict", "model_ema"], True),
+        (["model", "state_dict"], False),
+    ],
+)
+def test_the_averaged_weights_come_first(tmp_path, caplog, order, averaged):
+    """As in timm, whose `create_model(checkpoint_path=)` reads the same file."""
+    path = tmp_path / "w.pth.tar"
+    content = {key: {"weight": torch.full((1, 1), float(i))} for i, key in enumerate(order)}
+    torch.save({"state_dict_ema": None, **content}, path)
+    assert read_weights(path) == load_state_dict(str(path)) == {"weight": torch.tensor([[len(order) - 1.0]])}
+    records = [record for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
+    assert [record.levelno for record in records] == averaged * [logging.WARNING]
+    assert not averaged or records[0].message == f"The weights taken from {path} are the averaged ones ({order[-1]})"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrapped_models(tmp_path, prefix):
+    state = {prefix + name: tensor for name, tensor in Tiny(1).state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    safetensors.torch.save_file(
+        {name: tensor.clone().contiguous() for name, tensor in state.items()}, tmp_path / "w.safetensors"
+    )
+    for name in ("w.pt", "w.safetensors"):
+        model = Tiny(2)
+        load_weights(model, tmp_path / name)
         assert_same(model, Tiny(1))
 
 

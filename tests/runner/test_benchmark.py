@@ -41,6 +41,12 @@ BAD = {
     "mamba_pkd_s1 resnet19": "unknown model 'resnet19'; known: resnet",
     "mamba_pkd_s1 --results-file old.csv": "--results-file old.csv exists already: name another, or move it away",
     "mamba_pkd_s1 --results-file old.csv/new.csv": "folder old.csv cannot be written: File exists",
+    "mamba_pkd_s1 --results-file broken.csv": "--results-file broken.csv cannot be written: File exists",
+    "mamba_pkd_s1 --results-file /proc/new/new.csv": "folder /proc/new cannot be written: ",
+    f"mamba_pkd_s1 --results-file {300 * 'a'}": f"{300 * 'a'}: File name too long",
+    f"mamba_pkd_s1 --results-file new/{251 * 'a'}.csv --img-size 4": "model mamba_pkd_s1 cannot be created: img_size",
+    "nope mamba_pkd_s8": "unknown model 'nope'",
+    "mamba_pkd_s8": "unknown model 'mamba_pkd_s8'; known: mamba_pkd_s7, mamba_pkd_s6, ",
     "mamba_pkd_s1 --results-file=": "--results-file must name a file, got ''",
     "mamba_pkd_s1 --results-file .": "--results-file must name a file, got '.'",
     "mamba_pkd_s1 --device gpu": "device gpu cannot be used: ",
@@ -53,6 +59,7 @@ BAD = {
 def test_bad_input(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.csv").write_text("mine")
+    (tmp_path / "broken.csv").symlink_to("nowhere/new.csv")
     monkeypatch.setattr("timm_mamba_pkd.runner.benchmark._measure", None)
     for words, message in BAD.items():
         assert main(["benchmark", *words.split()]) == 2, words
@@ -60,7 +67,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
         (line,) = err.splitlines()
         assert line.startswith(f"mamba-pkd: error: {message}"), line
         assert not out
-    assert (tmp_path / "old.csv").read_text() == "mine"
+    assert (tmp_path / "old.csv").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_model_that_cannot_be_measured(capsys):

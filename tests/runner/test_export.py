@@ -1,5 +1,6 @@
 """``mamba-pkd export``: its files compute what the model does, its lines say so, and its errors come first."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -82,29 +83,34 @@ def test_run_folder(progressive, run, capsys):
     assert measured == [False, True]  # it was measured with all
     assert resolve_data_config(model=loaded)["mean"] == [0.0]  # the transforms end with ToTensor
     card = (folder / "export" / "ensemble_2" / "README.md").read_text()
+    today = json.loads((folder / "run.json").read_text())["starts"][0]["time"][:10]
+    assert f"The run that this model is of, begun on {today}, " in card
     assert (folder / "results.md").read_text().strip() in card
     assert (folder / "config.yaml").read_text().strip() in card
     assert "- `fake/test`: 21 images of `torchvision.datasets.fakedata.FakeData`" in card
 
 
-def test_named_model(tmp_path, capsys, monkeypatch):
+def test_named_model(tmp_path, capsys, caplog, monkeypatch):
     """Weights of a file, on the digits; then from the folder that it left, and in the default one."""
     monkeypatch.chdir(tmp_path)
     model = trained(tmp_path / "weights.safetensors")
     words = ["export", "mamba_pkd_s1", "--checkpoint", "weights.safetensors", *SMALL]
     assert main([*words, "--format", "hf", "--output", "out"]) == 0
     assert re.search(r"\nout/mamba_pkd_s1  .* 0.0e\+00 \(digits\)\n", capsys.readouterr().out)
+    (warning,) = [record.message for record in caplog.records if record.name.startswith("timm_mamba_pkd")]
+    assert "default mean and std of mamba_pkd_s1" in warning and "--config" in warning
+    assert "Results" not in (tmp_path / "out" / "mamba_pkd_s1" / "README.md").read_text()
     assert main(["export", "local-dir:out/mamba_pkd_s1", "--format", "pt2"]) == 0
     run = FORMATS["pt2"].open(tmp_path / "runs" / "mamba_pkd_s1" / "export" / "mamba_pkd_s1.pt2")
     x = torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys):
+def test_sizes_and_images_of_a_config(plain, write, tmp_path, capsys, caplog):
     trained(tmp_path / "weights.safetensors")
     words = ["export", "mamba_pkd_s1", "--checkpoint", str(tmp_path / "weights.safetensors"), "--format", "hf"]
     assert main([*words, "--config", str(write(plain)), "--output", str(tmp_path / "out")]) == 0
-    assert "(test images)" in capsys.readouterr().out
+    assert "(test images)" in capsys.readouterr().out and "mean and std" not in caplog.text
 
 
 def test_random_weights_are_said_to_be_random(tmp_path, caplog):
@@ -147,6 +153,21 @@ def test_damaged_weights(kind, plain, write, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line and str(tmp_path) in line, line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("scale", "code"), [(1e-3, 2), (1e-5, 0)])
+def test_the_tolerance_follows_the_logits(scale, code, tmp_path, capsys, monkeypatch):
+    """Small ones may differ by as small a share; zeros are compared with zeros."""
+    model = trained(tmp_path / "weights.safetensors")
+    for head in (0.01, 0.0):
+        nn.init.constant_(model.head.fc.bias, 0.0)
+        model.head.fc.weight.data *= head
+        save_weights(model, tmp_path / "weights.safetensors")
+        other = lambda path, model=model: lambda x: model(x) * (1 + scale)  # noqa: E731
+        monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"]._replace(write=lambda *args: args[2].touch(), open=other))
+        words = ["export", "mamba_pkd_s1", "--checkpoint", str(tmp_path / "weights.safetensors"), *SMALL]
+        assert main([*words, "--format", "pt2", "--output", str(tmp_path / f"{head}")]) == (code if head else 0)
+    assert ("differs from eager PyTorch" in capsys.readouterr().err) == (code == 2)
 
 
 def test_missing_packages(capsys, monkeypatch):
@@ -193,6 +214,10 @@ BAD = {
     "mamba_pkd_s1 --img-size 7": "model mamba_pkd_s1 cannot be created: img_size must be at least 8",
     "mamba_pkd_s1 --students 1": "--students is for ensembles, and mamba_pkd_s1 is none",
     "mamba_pkd_s1 --model-kwargs num_classes=3": "--model-kwargs num_classes has a flag of its own: --num-classes",
+    "mamba_pkd_s1 --model-kwargs checkpoint_path=five.pt": "--model-kwargs checkpoint_path has a flag of its own: "
+    "--checkpoint",
+    "mamba_pkd_s1 --model-kwargs pretrained=True": "--model-kwargs pretrained is what a tag stands for: name ",
+    "mamba_pkd_s1 --model-kwargs features_only=True": "--model-kwargs features_only makes no classifier: leave it out",
     "mamba_pkd_s1 --model-kwargs students=3": "model mamba_pkd_s1 cannot be created: MambaPKD has no parameter ",
     "mamba_pkd_s1 --model-kwargs exportable=True": "model mamba_pkd_s1 cannot be created: TypeError: ",
     "local-dir:empty --model-kwargs a=1": "--model-kwargs are those of local-dir:empty: leave them out",
@@ -206,6 +231,8 @@ BAD = {
     "mamba_pkd_s1 --config a.yaml --img-size 8": "--img-size is that of --config a.yaml: leave it out",
     "mamba_pkd_s1 --int8": "--int8 is for ONNX: add onnx to --format",
     "mamba_pkd_s1 --output file": "folder file cannot be written: File exists",
+    f"mamba_pkd_s1 --output {300 * 'a'}": f"{300 * 'a'}/mamba_pkd_s1.pt2: File name too long",
+    f"{300 * 'a'}": f"{300 * 'a'}: File name too long",
     "mamba_pkd_s1 --output out": "out/mamba_pkd_s1.pt2 exists already: choose another --output, or move it away",
     "run --num-classes 3": "--num-classes is that of the run in run: leave it out",
     "run --config a.yaml": "--config is that of the run in run: leave it out",
@@ -230,6 +257,23 @@ def test_bad_input(plain, write, tmp_path, capsys, monkeypatch):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"mamba-pkd: error: {message}"), line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["pt2", "hf"])
+def test_what_another_export_has_written_meanwhile_stays(kind, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "out" / {"pt2": "mamba_pkd_s1.pt2", "hf": "mamba_pkd_s1"}[kind]
+    theirs = path / "config.json" if kind == "hf" else path
+
+    def meanwhile(*args: Any) -> str:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("theirs")
+        return ""
+
+    monkeypatch.setattr("timm_mamba_pkd.runner.export.differences", meanwhile)
+    assert main(["export", "mamba_pkd_s1", "--format", kind, "--output", str(tmp_path / "out"), *SMALL]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(f"mamba-pkd: error: {path}: ") and theirs.read_text() == "theirs"
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [theirs]
 
 
 def test_students_of_a_student_are_refused_before_its_weights_are(caplog):

@@ -2,7 +2,7 @@
 
 from timm_mamba_pkd.deploy.cascade import OnnxCascade, write_cascade
 from timm_mamba_pkd.deploy.formats import FORMATS, Format, quantize_onnx
-from timm_mamba_pkd.deploy.hub import first_students, write_hub_folder
+from timm_mamba_pkd.deploy.hub import first_students, sections_of_tag, write_hub_folder
 
 __all__ = [
     "FORMATS",
@@ -10,6 +10,7 @@ __all__ = [
     "OnnxCascade",
     "first_students",
     "quantize_onnx",
+    "sections_of_tag",
     "write_cascade",
     "write_hub_folder",
 ]

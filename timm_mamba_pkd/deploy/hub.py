@@ -12,6 +12,7 @@ from timm.models import save_for_hf
 
 from timm_mamba_pkd.models import Confidence, MambaPKDEnsemble, count_macs
 from timm_mamba_pkd.models.arguments import check_count
+from timm_mamba_pkd.models.mamba_pkd import TAGS
 from timm_mamba_pkd.report import count_params
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # in timm's pretrained_cfg
@@ -44,6 +45,20 @@ def first_students(ensemble: MambaPKDEnsemble, k: int, img_size: tuple[int, int]
     own: Any = ensemble.pretrained_cfg
     smaller.pretrained_cfg.update({key: own[key] for key in PREPROCESSING if key in own})
     return smaller.train(ensemble.training)
+
+
+def sections_of_tag(model: Any) -> dict[str, str]:
+    """Results, data and recipe of the weights that come with this package, for `write_hub_folder`.
+
+    Args:
+        model: made by `timm.create_model` from a name with a tag; others have none.
+    """
+    file = model.pretrained_cfg.get("file")
+    if file is None or file not in [traits.get("file") for traits in TAGS.values()]:
+        return {}
+    text = Path(file).with_suffix(".md").read_text(encoding="utf-8")  # of benchmarks/accuracy/pack.py
+    _, *parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return {heading: body.strip() for heading, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def write_hub_folder(

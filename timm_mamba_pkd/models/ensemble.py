@@ -91,7 +91,7 @@ class MambaPKDEnsemble(nn.Module):
         _check_pool(global_pool)
         self.names = tuple(students)
         self.num_classes = num_classes
-        self.num_classes_given = False
+        self.adapts_classifier = False  # to the first weights, where num_classes was given
         self.in_chans = in_chans
         self.global_pool = global_pool
         kwargs: dict[str, Any] = {
@@ -104,6 +104,10 @@ class MambaPKDEnsemble(nn.Module):
             "dtype": dtype,
         }
         self.students: Any = nn.ModuleList(create_model(name, **kwargs) for name in students)
+        for student in self.students:
+            if isinstance(student, MambaPKD):
+                student.adapts_classifier = False
+        self._traits: dict[str, Any] = {"first_conv": _stems(self.students)}  # which timm adapts to other channels
         self.set_input_size(img_size)
         self.reuse = nn.ModuleDict()
         self.policy = None
@@ -206,18 +210,22 @@ class MambaPKDEnsemble(nn.Module):
         return all(isinstance(model, MambaPKD) for model in models)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; where ``num_classes`` was given, weights of another class count leave the classifiers alone.
+        """As in torch; but where ``num_classes`` was given, the first weights may be of another class count.
+
+        They then leave the classifiers alone, with a warning; if not ``strict``, their keys are among the missing ones.
 
         Raises:
             RuntimeError: the state dict is of other students or class count; names the first keys that differ.
         """
         with adapted(self, state_dict) as found:
-            if self.num_classes_given and self._is_of_another_class_count(found):
+            if self.adapts_classifier and self._is_of_another_class_count(found):
                 self.set_combination(self.combination)
                 found = {name: tensor for name, tensor in found.items() if not name.startswith("policy.")}
                 found |= {} if self.weights is None else {"weights": self.weights}
-            fitting = fit_state_dict(self, found, strict, self.num_classes_given)
-        return super().load_state_dict(fitting, strict, assign)
+            fitting = fit_state_dict(self, found, strict, self.adapts_classifier)
+        keys = super().load_state_dict(fitting, strict, assign)
+        self.adapts_classifier = False
+        return keys
 
     def _is_of_another_class_count(self, state_dict: Mapping[str, Tensor]) -> bool:
         own = self.state_dict()
@@ -354,13 +362,30 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Native weights, bare or under torchdistill's ``model`` key.
 
     Raises:
-        RuntimeError: they are of other students; names the first keys that differ.
+        RuntimeError: they are of other students; names them, or the first keys that differ.
     """
     assert isinstance(model, MambaPKDEnsemble)
+    own: Any = model.pretrained_cfg
+    tag = own.get("tag")
+    if own.get("file") == TAGS.get(tag, {}).get("file") is not None and model.names != tuple(STUDENTS):
+        raise RuntimeError(
+            f"the weights of mamba_pkd_ensemble.{tag} are of {len(STUDENTS)} students, {', '.join(STUDENTS)}, not of "
+            f"{', '.join(model.names)}"
+        )
     state_dict = state_dict.get("model", state_dict)
     state_dict = {**state_dict, **adapt_to(model, state_dict)}
-    require_architecture(model, state_dict, {"weights", *classifier_names(model)})
+    stems = {f"{name}.weight" for name in model._traits["first_conv"]}
+    require_architecture(model, state_dict, {"weights", *stems, *classifier_names(model)})
     return state_dict
+
+
+def _stems(students: Iterable[Any]) -> tuple[str, ...]:
+    """The students' first convolutions, by timm's records of them."""
+    found: list[str] = []
+    for i, student in enumerate(students):
+        names = getattr(student, "_traits", {}).get("first_conv", student.pretrained_cfg.get("first_conv")) or ()
+        found += [f"students.{i}.{name}" for name in ([names] if isinstance(names, str) else names)]
+    return tuple(found)
 
 
 def _check_pool(global_pool: Any) -> None:
@@ -387,13 +412,13 @@ def mamba_pkd_ensemble(pretrained: bool = False, **kwargs: Any) -> MambaPKDEnsem
     given = "num_classes" in kwargs
 
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        model.num_classes_given = given  # pyright: ignore[reportArgumentType]
+        model.adapts_classifier = given  # pyright: ignore[reportArgumentType]
         return checkpoint_filter_fn(state_dict, model)
 
     model: Any = build_model_with_cfg(
         MambaPKDEnsemble, "mamba_pkd_ensemble", pretrained, pretrained_filter_fn=filter_fn, **kwargs
     )
-    model.num_classes_given = given
+    model.adapts_classifier = given and not pretrained
     if "img_size" not in kwargs:
         model.set_input_size(model.pretrained_cfg["input_size"][1:])
     return model

@@ -128,7 +128,7 @@ class MambaPKD(nn.Module):
         check_pool(global_pool, num_classes)
         check_dtype(dtype)
         self.num_classes = num_classes
-        self.num_classes_given = False
+        self.adapts_classifier = False  # to the first weights, where num_classes was given
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.img_size = check_img_size(img_size)
@@ -291,13 +291,17 @@ class MambaPKD(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; where ``num_classes`` was given, weights of another class count leave the classifier alone.
+        """As in torch; but where ``num_classes`` was given, the first weights may be of another class count.
+
+        They then leave the classifier alone, with a warning; if not ``strict``, its keys are among the missing ones.
 
         Raises:
             RuntimeError: the state dict is of another architecture or class count; names the first keys that differ.
         """
-        state_dict = fit_state_dict(self, state_dict, strict, self.num_classes_given)
-        return super().load_state_dict(state_dict, strict, assign)
+        state_dict = fit_state_dict(self, state_dict, strict, self.adapts_classifier)
+        keys = super().load_state_dict(state_dict, strict, assign)
+        self.adapts_classifier = False
+        return keys
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -353,7 +357,7 @@ def _create(variant: str, pretrained: bool, feature_cfg: dict[str, Any] | None =
         **kwargs,
     )
     if isinstance(model, MambaPKD):  # no features_only wrapper
-        model.num_classes_given = "num_classes" in kwargs
+        model.adapts_classifier = "num_classes" in kwargs and not pretrained
         if "img_size" not in kwargs:
             pretrained_cfg: Any = model.pretrained_cfg
             model.set_input_size(pretrained_cfg["input_size"][1:])

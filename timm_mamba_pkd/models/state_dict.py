@@ -55,7 +55,8 @@ def fit_state_dict(
         model: with timm's ``get_classifier``, ``num_classes`` and ``in_chans``.
         found: the state dict.
         strict: as in ``load_state_dict``: no name may be missing or unexpected.
-        new_classifier: where only the class count differs, the model keeps its own classifier; a warning says so.
+        new_classifier: where only the class count differs, the model keeps its own classifier; a warning says so. If
+            not ``strict``, it is then missing from what is returned.
 
     Raises:
         RuntimeError: as ``load_state_dict``: the names, shapes or dtypes differ; the message has the first ones.
@@ -71,16 +72,16 @@ def fit_state_dict(
     other_count = fits_otherwise and _of_another_count(classifier, found, names)
     if other_count and new_classifier:
         _logger.warning("The classifier starts anew, the state dict is of another class count: %s", different)
-        return _without(names, found) | classifier
+        return _without(names, found) | (classifier if strict else {})
     own = f"{type(model).__name__} with num_classes={model.num_classes}, in_chans={model.in_chans}"
     advice = " (create the model with the state dict's num_classes)" if other_count else ""
     raise RuntimeError(f"the state dict is of another model than this {own}: {different}{advice}")
 
 
 def _of_another_count(own: Mapping[str, Tensor], found: Mapping[str, Tensor], names: set[str]) -> bool:
-    """Whether whole classifiers differ in their class count alone, or one side has none."""
+    """Whether whole classifiers differ in their class count alone, or the model is to have none."""
     theirs = {name: found[name] for name in names if name in found}
-    if not own or not theirs:
+    if not own:
         return True
     return own.keys() == theirs.keys() and all(
         theirs[name].shape[0] != tensor.shape[0] and theirs[name].shape[1:] == tensor.shape[1:]

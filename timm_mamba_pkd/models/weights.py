@@ -1,6 +1,7 @@
 """Reading and writing of model weights: safetensors out; safetensors or ``weights_only`` torch files in."""
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from timm_mamba_pkd.files import whole_file, write_file
@@ -16,6 +18,9 @@ from timm_mamba_pkd.models.adaptation import adapted
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences, not_finite
 
+_logger = logging.getLogger(__name__)
+
+AVERAGED = ("state_dict_ema", "model_ema")
 FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -45,7 +50,9 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a safetensors file or a torch file; nothing in the file is executed.
 
-    Torch files may hold the state dict itself or carry it under ``model`` (torchdistill) or ``state_dict`` (timm).
+    Torch files may hold the state dict itself or carry it as timm or torchdistill do, and are read in timm's order:
+    under ``state_dict_ema`` or ``model_ema``, which is logged, then ``state_dict``, then ``model``. What DDP and
+    ``torch.compile`` put before the names is taken off.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds no state dict.
@@ -55,7 +62,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return clean_state_dict(load_file(path))
         # torchdistill's checkpoints carry the command line's Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -64,9 +71,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights file {path} cannot be read: {reason}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle provokes
         raise WeightsError(f"weights file {path} is not a plain state dict and was not loaded") from error
-    for key in ("model", "state_dict"):
+    for key in (*AVERAGED, "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
+            if key in AVERAGED:
+                _logger.warning("The weights taken from %s are the averaged ones (%s)", path, key)
             break
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
@@ -77,7 +86,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"weights file {path} holds {odd} as a sparse, quantized, complex or empty shell of a tensor"
         )
-    return dict(content)
+    return clean_state_dict(dict(content))
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from timm_mamba_pkd.report import count_params, measure_latency, measure_peak_me
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.named import create_named
-from timm_mamba_pkd.runner.run_folder import make_folder
+from timm_mamba_pkd.runner.run_folder import make_folder, new_folder
 
 Result = dict[str, str | int | float]
 
@@ -34,7 +34,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
             raise ConfigError(f"--results-file must name a file, got '{args.results_file}'")
         if results_file.exists():
             raise ConfigError(f"--results-file {results_file} exists already: name another, or move it away")
-        make_folder(results_file.parent)
+        _require_writable(results_file)
     models = [
         (name, *create_named(name, args.num_classes, args.in_chans, args.img_size, weights=False))
         for name in args.models
@@ -50,10 +50,21 @@ def run_benchmark(args: argparse.Namespace) -> None:
     print(_to_text(results))
     print(f"{CONVENTIONS}. {args.batch_size} images a batch, on {_describe(device)}.")
     if results_file is not None:
+        make_folder(results_file.parent)
         with results_file.open("x", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(results[0]))
             writer.writeheader()
             writer.writerows(results)
+
+
+def _require_writable(path: Path) -> None:
+    """Raise a ConfigError unless a file can be made at ``path``; its folder may be missing. Nothing is left."""
+    with new_folder(path.parent):
+        try:
+            path.touch(exist_ok=False)
+            path.unlink()
+        except OSError as error:
+            raise ConfigError(f"--results-file {path} cannot be written: {error.strerror}") from error
 
 
 def _measure(model: Any, input_size: tuple[int, int, int], batch_size: int, device: torch.device, amp: bool) -> Result:

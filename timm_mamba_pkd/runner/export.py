@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import transforms
 
-from timm_mamba_pkd.deploy import FORMATS, quantize_onnx, write_hub_folder
+from timm_mamba_pkd.deploy import FORMATS, quantize_onnx, sections_of_tag, write_hub_folder
 from timm_mamba_pkd.report import median_time
+from timm_mamba_pkd.runner.card import sections_of_run
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.export_cascade import export_cascade
@@ -28,9 +29,9 @@ from timm_mamba_pkd.runner.export_subject import (
     differences,
     find_subject,
 )
+from timm_mamba_pkd.runner.named import brings_weights
 from timm_mamba_pkd.runner.run_folder import RunFolder, new_folder
 from timm_mamba_pkd.runner.space import size
-from timm_mamba_pkd.runner.streams import public_class
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def run_export(args: argparse.Namespace) -> None:
     for kind in ("cascade", "hf"):
         if kind in kinds and not hasattr(subject.whole, "pretrained_cfg"):
             raise ConfigError(f"--format {kind} takes models of timm, and {subject.name} is none")
-    card = _card(subject) if "hf" in kinds else {}
+    own_weights = args.checkpoint is None and brings_weights(args.model)
+    card = _card(subject, own_weights) if "hf" in kinds else {}
     run = subject.run or RunFolder(Path("runs") / subject.name)
     folder = Path(args.output).expanduser() if args.output else run.path / "export"
     paths = {kind: folder / (subject.name + SUFFIXES[kind]) for kind in kinds}
@@ -64,6 +66,12 @@ def run_export(args: argparse.Namespace) -> None:
             subject.config.missing, "x".join(map(str, subject.input_size)), subject.config.num_classes,
             subject.config.name, subject.config.path,
         )  # fmt: skip
+
+    if "hf" in kinds and args.checkpoint is not None and subject.config is None:
+        logger.warning(
+            "config.json holds the default mean and std of %s: --config gives those of the run that the weights are of",
+            args.model,
+        )
 
     with new_folder(folder):
         images = comparison_images(subject)
@@ -86,10 +94,16 @@ def run_export(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder, which is then moved to ``path``; where the context fails nothing is left."""
+    """Where to write a file or a folder, which is then moved to ``path``; where the context fails nothing is left.
+
+    What another process has put there meanwhile stays: an OSError then names it.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        yield Path(temporary) / path.name
-        os.replace(Path(temporary) / path.name, path)
+        partial = Path(temporary) / path.name
+        yield partial
+        if not partial.is_dir():  # a folder replaces none that holds anything, but a file any
+            path.touch(exist_ok=False)
+        os.replace(partial, path)
 
 
 def _require_packages(kinds: list[str], int8: bool) -> None:
@@ -178,29 +192,13 @@ def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
     return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
 
 
-def _card(subject: Subject) -> dict[str, str]:
+def _card(subject: Subject, own_weights: bool) -> dict[str, str]:
     """The model card's sections on the run: what its early exit was measured to do, results, data and recipe."""
     config = subject.config
     if subject.run is None or config is None:
-        return {}
-    results = subject.run.path / "results.md"
-    if not results.is_file():
-        raise ConfigError(f"the run in {subject.run.path} has not finished: the same mamba-pkd train goes on with it")
-    data = [
-        f"- `{name}`: {len(images)} images of `{kind.__module__}.{kind.__qualname__}`"
-        for name, images in config.datasets.items()
-        if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
-        for kind in [public_class(images)]
-    ] or [f"- `{name}`" for name in config.dataset_ids]
-    versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
-    text = subject.run.config.read_text(encoding="utf-8")
+        return sections_of_tag(subject.whole) if own_weights else {}
     measured = subject.run.calibration / "calibration.md"
     early_exit = {}
     if getattr(subject.whole, "policy", None) is not None and measured.is_file() and subject.is_whole:
         early_exit["Early exit"] = measured.read_text(encoding="utf-8").strip()
-    return {
-        **early_exit,
-        "Results": f"The run that this model is of:\n\n{results.read_text(encoding='utf-8').strip()}",
-        "Data": "\n".join(data),
-        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
-    }
+    return {**early_exit, **sections_of_run(subject.run, config)}

@@ -10,7 +10,7 @@ from timm_mamba_pkd.deploy import OnnxCascade, write_cascade
 from timm_mamba_pkd.models import Agreement, Confidence, Depth, MambaPKDEnsemble, confidence
 from timm_mamba_pkd.report import median_time
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
-from timm_mamba_pkd.runner.export_subject import BATCHES, TOLERANCE, Subject, differences
+from timm_mamba_pkd.runner.export_subject import BATCHES, LEAST, TOLERANCE, Subject, differences
 
 
 def export_cascade(subject: Subject, path: Path, images: dict[str, Tensor]) -> str:
@@ -56,17 +56,17 @@ def _require_same_exits(
     """Raise a ConfigError unless the images leave where they do in eager PyTorch, with the same logits.
 
     An image may leave elsewhere if its confidence is within `TOLERANCE` of a threshold or, where agreement decides, its
-    two largest logits are that near to each other.
+    two largest logits are as near to each other as different logits may be.
     """
     true, ours = ensemble.predict(x, policy), cascade.predict(x, policy)
     with torch.no_grad():
         steps = ensemble.combine(ensemble.student_logits(x))  # (N, B, C)
+    allowed = TOLERANCE * max(LEAST, float(steps.abs().max()))
     for i, (one, other) in enumerate(zip(true.students.tolist(), ours.students.tolist(), strict=True)):
         if one == other:
-            difference, bound = (true.logits[i] - ours.logits[i]).abs().max(), true.logits[i].abs().max().clamp(min=1)
-            same = bool(difference <= TOLERANCE * bound)
+            same = bool((true.logits[i] - ours.logits[i]).abs().max() <= allowed)
         else:
-            same = _undecided(steps[: min(one, other), i], policy)
+            same = _undecided(steps[: min(one, other), i], policy, allowed)
         if not same:
             raise ConfigError(
                 f"{name} differs from eager predict on {kind}: image {i + 1} uses {other} students, not {one}, or "
@@ -74,11 +74,14 @@ def _require_same_exits(
             )
 
 
-def _undecided(steps: Tensor, policy: Confidence | Agreement) -> bool:
-    """Whether rounding decides if an image leaves with the last of ``steps``, ensemble logits (k, C)."""
+def _undecided(steps: Tensor, policy: Confidence | Agreement, allowed: float) -> bool:
+    """Whether rounding decides if an image leaves with the last of ``steps``, ensemble logits (k, C).
+
+    ``allowed`` is how much logits may differ.
+    """
     if isinstance(policy, Confidence):
         k = len(steps) - 1
         sure = float(confidence(steps[-1], policy.measure, policy.temperatures[k]))
         return abs(sure - policy.thresholds[k]) <= TOLERANCE
     first, second = steps.topk(2).values.unbind(-1)
-    return bool((first - second <= TOLERANCE * steps.abs().amax(-1).clamp(min=1)).any())
+    return bool((first - second <= allowed).any())

@@ -18,6 +18,14 @@ from torch import nn
 from timm_mamba_pkd.distillation import unknown_name
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line
 
+NOT_BY_KWARGS = {
+    "num_classes": "has a flag of its own: --num-classes",
+    "in_chans": "has a flag of its own: --in-chans",
+    "img_size": "has a flag of its own: --img-size",
+    "checkpoint_path": "has a flag of its own: --checkpoint",
+    "pretrained": "is what a tag stands for: name the model by one, as in mamba_pkd_s1.mnist, or name a --checkpoint",
+    "features_only": "makes no classifier: leave it out",
+}
 OURS = ("mamba_pkd", "ensemble")  # modules in timm's registry
 
 
@@ -50,12 +58,12 @@ def create_named(
         the model, and the size (C, H, W) of its images.
 
     Raises:
-        ConfigError: no such model, or it cannot be of these sizes, or ``model_kwargs`` hold one of them, too.
+        ConfigError: no such model, or it cannot be of these sizes, or ``model_kwargs`` hold one of them, or weights.
     """
     model_kwargs = model_kwargs or {}
-    for size_name in ("num_classes", "in_chans", "img_size"):
-        if size_name in model_kwargs:
-            raise ConfigError(f"--model-kwargs {size_name} has a flag of its own: --{size_name.replace('_', '-')}")
+    for key, advice in NOT_BY_KWARGS.items():
+        if key in model_kwargs:
+            raise ConfigError(f"--model-kwargs {key} {advice}")
     if ":" not in name and not is_model(name):
         raise ConfigError(unknown_name("model", name, timm.list_models()))
     try:

@@ -106,6 +106,10 @@ class RunFolder:
         record = self._read_record()
         self._write_record({**record, "starts": [*record["starts"], start]})
 
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts of the run, as `note_start` took them down."""
+        return self._read_record()["starts"]
+
     def _read_record(self) -> dict[str, Any]:
         try:
             record = json.loads(self.record.read_text())

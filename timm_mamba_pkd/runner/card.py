@@ -1,0 +1,45 @@
+"""What a model card says of the run that its model is of."""
+
+from importlib import metadata
+
+from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.run_folder import RunFolder
+from timm_mamba_pkd.runner.streams import public_class
+from timm_mamba_pkd.runner.trained import Trained
+
+
+def sections_of_run(run: RunFolder, config: Trained) -> dict[str, str]:
+    """Results, data and recipe, Markdown by heading.
+
+    Args:
+        run: a finished one.
+        config: the run's.
+
+    Raises:
+        ConfigError: the run has not finished.
+    """
+    results = run.path / "results.md"
+    if not results.is_file():
+        raise ConfigError(f"the run in {run.path} has not finished: the same mamba-pkd train goes on with it")
+    data = [
+        f"- `{name}`: {len(images)} images of `{kind.__module__}.{kind.__qualname__}`"
+        for name, images in config.datasets.items()
+        if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
+        for kind in [public_class(images)]
+    ] or [f"- `{name}`" for name in config.dataset_ids]
+    versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
+    text = run.config.read_text(encoding="utf-8")
+    return {
+        "Results": f"The run that this model is of{_begun(run)}:\n\n{results.read_text(encoding='utf-8').strip()}",
+        "Data": "\n".join(data),
+        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
+    }
+
+
+def _begun(run: RunFolder) -> str:
+    """When a run began, and on what, where that is recorded."""
+    start = next(iter(run.starts()), None) if run.record.is_file() else None
+    if start is None:
+        return ""
+    on = start["hardware"]
+    return f", begun on {start['time'][:10]}, {on.get('gpu', on['cpu'])}, {on['threads']} CPU threads"
