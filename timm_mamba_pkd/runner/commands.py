@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
-        estimates = check(job, device, amp)
+        estimates = check(job, device, amp, args.on_nonfinite == "skip")
         require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:
