@@ -62,6 +62,7 @@ class Options:
         ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
         sync_bn: have the student's batch norms see the batches of all processes.
+        safe: the config is a stranger's, and so may be the working folder.
     """
 
     amp: torch.dtype | None = None
@@ -69,6 +70,7 @@ class Options:
     ema_decay: float | None = None
     on_nonfinite: str = "stop"
     sync_bn: bool = False
+    safe: bool = False
 
 
 class Trainer:
@@ -126,7 +128,7 @@ class Trainer:
                 self.step.scaler.load_state_dict(self._resumed["scaler"])
         if distributed.is_main():
             last = None if self._resumed is None else self.checkpoints.last()
-            run.note_start(describe_start(device, None if last is None else last.name))
+            run.note_start(describe_start(device, None if last is None else last.name, options.safe))
         if options.torchcompile is not None:
             compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
