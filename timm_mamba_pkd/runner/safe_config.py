@@ -51,6 +51,7 @@ READER_ARGUMENTS = (
     "name", "root", "split", "search_split", "is_training", "download", "input_img_mode", "transform",
     "target_transform",
 )  # fmt: skip
+NO_FOLDER = re.compile(r"\.tar\b|\[", re.IGNORECASE)  # timm looks for the part of a split before its bracket
 MODEL_ARGUMENTS = (
     "model_name", "students", "combination", "small_stem", "channels", "reductions",  # of ours
     "num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate", "pretrained",
@@ -163,8 +164,13 @@ def _judge_reader(call: Built, arguments: dict[str, Any]) -> Iterator[Problem]:
         if name not in (*READER_ARGUMENTS, "kwargs"):
             yield call.line, f"{call} is refused by --safe-config with {name}: it takes {', '.join(READER_ARGUMENTS)}"
     for name in ("root", "split"):
-        if str(arguments.get(name)).endswith(".tar"):
-            yield call.line, f"{call} is refused by --safe-config with a tar file: unpack it and name the folder"
+        path = arguments.get(name)
+        if path is not None and (not isinstance(path, str) or NO_FOLDER.search(path)):
+            yield (
+                call.line,
+                f"{call} is refused by --safe-config with {name} {path}, which may stand for a tar file: unpack it and "
+                "name the folder",
+            )
 
 
 def _judge_names(section: Section, folders: Folders | None) -> Iterator[Problem]:
