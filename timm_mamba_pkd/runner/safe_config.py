@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from timm_mamba_pkd.datasets import Digits
 from timm_mamba_pkd.distillation import RULES, progressive
-from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.errors import LONGEST, ConfigError
 from timm_mamba_pkd.runner.schema import Problem
 from timm_mamba_pkd.runner.source import Source
 from timm_mamba_pkd.runner.tags import PACKAGES, PLAIN, Built, Section, TagReader, is_enumeration
@@ -277,7 +277,7 @@ def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def _printable(message: str) -> str:
     """A message of one line, whatever a config has written into it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:1000])
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:LONGEST])
 
 
 def _one_line(error: Exception) -> str:
