@@ -122,6 +122,15 @@ def test_a_changed_image_is_computed_again(tmp_path):
     assert run(tmp_path, Model(), views_of()) == VIEWS, "and back"
 
 
+def test_files_of_another_model_do_not_count(tmp_path):
+    run(tmp_path / "one", Model(), views_of())
+    run(tmp_path / "two", Model(seed=1), views_of())
+    for file in the_folder(tmp_path / "two").glob("view_*.npy"):
+        shutil.copy(file, the_folder(tmp_path / "one"))
+    assert run(tmp_path / "one", Model(), views_of()) == VIEWS * SAMPLES
+    assert run(tmp_path / "one", Model(), views_of()) == 0
+
+
 def header_length(path: Path) -> int:
     return path.stat().st_size - cache_bytes(SAMPLES, CLASSES, 1)
 

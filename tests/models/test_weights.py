@@ -1,6 +1,7 @@
 import argparse
 import logging
 import pickle
+import warnings
 
 import pytest
 import safetensors.torch
@@ -185,6 +186,13 @@ def test_malicious_pickle_is_not_executed(tmp_path, kind):
     assert not target.exists()
     torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
     assert target.exists(), "the attack is real"
+
+
+def test_torchscript_is_refused_without_advice(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "w.pt")
+        assert_refused(tmp_path / "w.pt", "is not a plain state dict and was not loaded$")
 
 
 @pytest.mark.parametrize(

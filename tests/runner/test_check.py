@@ -178,12 +178,12 @@ def test_plain_command(plain, run, capsys):
 
 def test_slow_steps_are_not_repeated(plain, write, monkeypatch):
     steps = []
-    monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 3.0)
+    monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or (3.0, 1.0))
     (stage,) = check(prepare(write(plain), CPU), CPU)
     assert len(steps) == 1 and (stage.student, stage.epochs, stage.steps, stage.seconds_per_step) == (None, 1, 3, 3.0)
     assert stage.seconds == 9.0 and (stage.cache_bytes, stage.cache_dir) == (0, None)
     steps.clear()
-    monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or 2.0 - len(steps))
+    monkeypatch.setattr(checking, "_try_step", lambda *args: steps.append(0) or (2.0 - len(steps), 1.0))
     assert check(prepare(write(plain), CPU), CPU)[0].seconds_per_step == 0.0
     assert len(steps) == 2
 

@@ -127,6 +127,18 @@ def test_nothing_is_executed_and_all_is_kept(dependencies, tmp_path):
     assert yaml.load(text, TrainLoader)["train"] == expected
 
 
+@pytest.mark.parametrize(("levels", "message"), [(4, "got [[[["), (12, "characters with its aliases written out")])
+def test_aliases_that_multiply(progressive, write, capsys, levels, message):
+    progressive["train"]["init"]["kwargs"]["views"] = None
+    path = write(progressive)
+    bomb = "_0: &a0 [x]\n"
+    bomb += "".join(f"_{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, levels + 1))
+    path.write_text(bomb + path.read_text().replace("views: null", f"views: *a{levels}"))
+    assert main(["expand", "--safe-config", "--config", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and len(line) < 1300
+
+
 def test_errors(progressive, plain, write, run, errors, capsys):
     assert main(["expand", "--config", str(write(plain))]) == 2
     (error,) = errors()

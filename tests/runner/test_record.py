@@ -76,8 +76,31 @@ def test_git(tmp_path, monkeypatch):
     assert git_state(tmp_path) is None
 
 
+def test_git_runs_no_program_of_a_strangers_repository(plain, run, tmp_path, monkeypatch):
+    """Not the monitor of its files in any run, and under --safe-config no filter either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".gitattributes").write_text("a filter=x")
+    (tmp_path / "a").write_text("a")
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\ntouch "$1"\n')
+    program.chmod(0o755)
+    for command in ("init -q", "add a", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *command.split()], check=True)
+    subprocess.run(["git", "config", "core.fsmonitor", f"{program} monitored; :"], check=True)
+    subprocess.run(["git", "config", "filter.x.clean", f"{program} filtered; cat"], check=True)
+    (tmp_path / "a").write_text("b")
+    code, folder = run(plain, "--safe-config", output="safe")
+    assert code == 0 and record(folder)["starts"][0]["git"] is None
+    assert not (tmp_path / "filtered").exists() and not (tmp_path / "monitored").exists()
+    code, folder = run(plain)
+    assert code == 0 and record(folder)["starts"][0]["git"]["dirty"] is True
+    assert (tmp_path / "filtered").exists() and not (tmp_path / "monitored").exists()
+    subprocess.run(["git", "status"], check=True)
+    assert (tmp_path / "monitored").exists(), "the attack is real"
+
+
 def test_it_is_plain_data():
-    start = describe_start(CPU, "x.pt")
+    start = describe_start(CPU, "x.pt", False)
     assert json.loads(json.dumps(start)) == start
     assert hardware(CPU)["threads"] == torch.get_num_threads()
 

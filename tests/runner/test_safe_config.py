@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ AS_DATASET = {
     "wds": call("timm.data.create_dataset", "'wds/x'", root="'pipe:touch marker'"),
     "hfds": call("timm.data.create_dataset", "'hfds/evil/x'", trust_remote_code="True"),
     "tar": call("timm.data.create_dataset", "''", root="x.tar"),
+    "tar, joined": call("timm.data.create_dataset", "''", root="!join [x, .tar]"),
+    "tar of a split": call("timm.data.create_dataset", "''", root="x", split="'x.tar[0]'"),
+    "tar of a split below": call("timm.data.create_dataset", "''", root="x", split="'run/../x.tar['"),
+    "tar by position": call("timm.data.create_dataset", "''", "x", "'x.tar[0]'"),
+    "tar in capitals": call("timm.data.create_dataset", "''", root="x.TAR"),
+    "a split that is no text": call("timm.data.create_dataset", "''", root="x", split="[x.tar]"),
     "timm's download": call("timm.data.create_dataset", "torch/mnist", "/tmp", download="True"),
     "reader": call("timm.data.create_dataset", "''", root=".", class_map="evil.pkl"),
     "rule by position": call("timm_mamba_pkd.progressive", "[s]", "1", "{}", "{}", "{}", "{kwargs: {sub_terms: {}}}", "evil.Rule"),
@@ -284,6 +291,22 @@ test: {}
 """
     )
     require_safe(Source.read(tmp_path / "config.yaml"), Folders(Path("run")))
+
+
+def test_a_folder_of_tar_files_is_an_empty_folder(place, progressive, write, run, errors):
+    """timm reads neither them nor what it may once have noted beside them."""
+    (place / "tars").mkdir()
+    with tarfile.open(place / "tars" / "x.tar", "w") as archive:
+        archive.add("evil.py", "a/0.png")
+    for name in ("x", "tars"):
+        (place / "tars" / f"_{name}_tarinfos.pickle").write_bytes(b"cposix\nsystem\n(S'touch marker'\ntR.")
+    path = write(progressive)
+    folder = call("timm.data.create_dataset", "''", root="tars", split="x")
+    path.write_text(path.read_text().replace("datasets:\n", f"datasets:\n  x: {folder}\n", 1))
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*")}
+    assert run(path, "--safe-config", command="check")[0] == 2
+    assert "Found 0 images in subfolders of tars" in errors()[0]
+    assert {file: file.stat().st_mtime_ns for file in place.rglob("*")} == before
 
 
 def test_the_list_is_of_objects():

@@ -136,6 +136,8 @@ def test_nan_of_one_process_stops_all_before_the_step(together, config, progress
             "is no checkpoint yet: lower the lr, or pass over it with --on-nonfinite skip"
         )
     assert len(losses(outputs[0])) == 2 and not (tmp_path / "run" / "weights").exists()
+    text = (tmp_path / "poisoned.py").read_text()
+    (tmp_path / "poisoned.py").write_text(text.replace("19", "18"))  # rank 0, whose statistics all take over
     codes, outputs, _ = together(path, "--on-nonfinite", "skip", "--fresh")
     assert codes == [0, 0], outputs
     assert outputs[0].count("Skipped a batch: the loss became nan") == 4

@@ -35,10 +35,10 @@ class LogitsCache:
     The folder's name is made of everything that makes the logits: the model's structure and weights, the seed and the
     mixing of the views, the images themselves (checksums of a few), the precision. It holds ``meta.json``, which says
     so in full, and one ``view_0000.npy`` per view: a structured array of N rows, ``logits`` float16 (num_classes,) and
-    ``checksum`` uint32, the CRC-32 of the image followed by the logits. A row counts only if its checksum fits the
-    image at hand, so a changed image, a torn write or a damaged file costs a forward pass and never gives wrong
-    logits. Files appear complete (written aside and renamed), their space reserved. Any number of processes may read
-    and write the rows at a time; one of them makes the files.
+    ``checksum`` uint32, a CRC-32 over image, folder and logits. A row counts only if its checksum fits the image at
+    hand, so a changed image, a torn write, a damaged file or one of another folder costs a forward pass and gives no
+    wrong logits (but for one row in 2^32). Files appear complete (written aside and renamed), their space reserved. Any
+    number of processes may read and write the rows at a time; one of them makes the files.
 
     Logits come back rounded to float16 also where they have just been computed: a rerun sees the same numbers. Where a
     row is missing, its whole batch is computed: a row does not depend on which others were there.
@@ -65,7 +65,9 @@ class LogitsCache:
         self._dtype = row_dtype(num_classes)
         self._files: dict[int, FileIO] = {}
         meta = _meta(model, views, num_classes, precision, name)
-        self.folder = Path(root).expanduser() / f"{name}-{_digest(json.dumps(meta).encode())[:16]}"
+        key = _digest(json.dumps(meta).encode())[:16]
+        self._key = int(key[:8], 16)
+        self.folder = Path(root).expanduser() / f"{name}-{key}"
         self._open(meta, views.num_views)
 
     def logits(self, images: Tensor, supp_dict: dict[str, Tensor]) -> Tensor:
@@ -87,19 +89,22 @@ class LogitsCache:
         if missing:
             with torch.no_grad():
                 computed = self.model(images).float().cpu().numpy()[missing]
-            if np.abs(computed).max() > np.finfo(np.float16).max or not np.isfinite(computed).all():
+            with np.errstate(over="ignore"):
+                rows["logits"][missing] = computed.astype(np.float16)
+            odd = ~np.isfinite(rows["logits"][missing]).all(1)
+            # The logits of an image that is not finite are not either, and the loss will tell.
+            if odd.any() and images[missing][torch.from_numpy(odd)].flatten(1).isfinite().all(1).any():
                 raise CacheError(
                     f"logits of up to {np.abs(computed).max():g} do not fit the cache's float16: remove cache_dir"
                 )
-            rows["logits"][missing] = computed.astype(np.float16)
             rows["checksum"][missing] = self._checksums([contents[i] for i in missing], [checksums[i] for i in missing])
             self._store([(places[i], contents[i]) for i in missing])
         return torch.from_numpy(rows["logits"].astype(np.float32)).to(images.device)
 
     def _checksums(self, rows: list[memoryview], image_checksums: list[int]) -> list[int]:
-        """Of images and logits."""
+        """Of images and logits, in this folder alone: a row from another one does not fit."""
         end = self._dtype["logits"].itemsize
-        return [zlib.crc32(row[:end], image) for row, image in zip(rows, image_checksums, strict=True)]
+        return [zlib.crc32(row[:end], image ^ self._key) for row, image in zip(rows, image_checksums, strict=True)]
 
     def _read(self, view: int, index: int, row: memoryview) -> None:
         """Fill a row; where the file has become too short, as much as there is."""
@@ -229,7 +234,7 @@ class CachedModel:
 
 
 def row_dtype(num_classes: int) -> np.dtype:
-    """Type of a row: float16 logits and the checksum of image and logits."""
+    """Type of a row: float16 logits and the checksum of image, folder and logits."""
     return np.dtype([("logits", "<f2", (num_classes,)), ("checksum", "<u4")])
 
 

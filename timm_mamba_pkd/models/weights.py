@@ -68,6 +68,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # TorchScript, with torch's advice to load it unsafely
+            raise WeightsError(f"weights file {path} is not a plain state dict and was not loaded") from error
         raise WeightsError(f"weights file {path} cannot be read: {reason}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a hostile pickle provokes
         raise WeightsError(f"weights file {path} is not a plain state dict and was not loaded") from error

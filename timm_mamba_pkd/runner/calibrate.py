@@ -123,7 +123,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             "students": _describe_students(job, held_out, tested),
             "reliability": _reliability(ensemble.policy, tested),
             **_compare(job, None if args.student_only else job.teacher, held_out, tested, points, device, amp),
-            "made_by": describe_start(device, None),
+            "made_by": describe_start(device, None, args.safe_config),
         }
         _report(document, run)
 

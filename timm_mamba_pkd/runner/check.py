@@ -30,7 +30,9 @@ from timm_mamba_pkd.runner.random_state import random_state, set_random_state
 from timm_mamba_pkd.runner.step import require_our_step
 from timm_mamba_pkd.runner.streams import unshuffled
 from timm_mamba_pkd.runner.tracking import require_tracker
-from timm_mamba_pkd.runner.training_state import Progress, capture
+from timm_mamba_pkd.runner.training_state import Progress, capture, copy_buffers, put_back
+
+logger = logging.getLogger(__name__)
 
 SLOW = 2.0
 """Seconds after which a first step is not repeated for a better measurement."""
@@ -58,10 +60,13 @@ class StageEstimate:
         return self.epochs * self.steps * self.seconds_per_step
 
 
-def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> list[StageEstimate]:
+def check(
+    job: Job, device: torch.device, amp: torch.dtype | None = None, skips_nonfinite: bool = False
+) -> list[StageEstimate]:
     """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
 
-    It works on copies and puts the random number generators back: a run is the same with and without it.
+    It works on copies and puts the random number generators back: a run is the same with and without it. With
+    ``skips_nonfinite`` a loss that is not finite is a warning, as training passes over the batch.
 
     Raises:
         ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
@@ -75,7 +80,7 @@ def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> lis
     try:
         with job.source.locating(), _same_random_numbers():
             _check_schedule(job)
-            return list(_try_stages(_copy(job, amp), device, amp))
+            return list(_try_stages(_copy(job, amp), device, amp, skips_nonfinite))
     finally:
         logs.setLevel(level)
 
@@ -92,7 +97,9 @@ def _copy(job: Job, amp: torch.dtype | None) -> Job:
     return trial
 
 
-def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iterator[StageEstimate]:
+def _try_stages(
+    job: Job, device: torch.device, amp: torch.dtype | None, skips_nonfinite: bool
+) -> Iterator[StageEstimate]:
     box: Any = None
     for number, stage in enumerate(stages(job.config["train"]), start=1):
         name = f"stage{number}"
@@ -118,10 +125,17 @@ def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iter
         with _explaining(name):
             box.pre_epoch_process(epoch=getattr(box, "current_epoch", 0))
         batch = _first_batch(box.train_data_loader, name)
-        seconds = _try_step(job, box, batch, device, amp, name)
-        if seconds < SLOW:
-            seconds = _try_step(job, box, batch, device, amp, name)
+        buffers = copy_buffers(job, box)
+        seconds, loss = _try_step(job, box, batch, device, amp, name)
+        if not np.isfinite(loss):
+            message = f"train.{name}: the loss of the first batch is {loss}"
+            if not skips_nonfinite:
+                raise ConfigError(message, at=(*at, "criterion"))
+            logger.warning("%s: such batches are skipped", message)
+        elif seconds < SLOW:
+            seconds, _ = _try_step(job, box, batch, device, amp, name)
         _check_last_batch(box, name, device)
+        put_back(buffers)
         _check_scheduler(box, stage, name, steps)
         wrapper = getattr(box, "student_model", None)
         yield StageEstimate(
@@ -199,8 +213,10 @@ def _first_batch(loader: DataLoader, stage: str) -> Any:
     return images, targets, supp_dict
 
 
-def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: torch.dtype | None, stage: str) -> float:
-    """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took."""
+def _try_step(
+    job: Job, box: Any, batch: Any, device: torch.device, amp: torch.dtype | None, stage: str
+) -> tuple[float, float]:
+    """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took, and the loss."""
     images, targets, supp_dict = batch
     criterion = ("train", stage, "criterion")
     if not targets.is_floating_point() and targets.max() >= job.num_classes:
@@ -226,11 +242,9 @@ def _try_step(job: Job, box: Any, batch: Any, device: torch.device, amp: torch.d
         raise ConfigError(f"train.{stage}: the loss depends on nothing that is trained", at=criterion)
     loss.backward()
     value = loss.item()  # waits for the device
-    if not np.isfinite(value):
-        raise ConfigError(f"train.{stage}: the loss of the first batch is {value}", at=criterion)
     seconds = time.perf_counter() - started
     box.optimizer.zero_grad()
-    return seconds
+    return seconds, value
 
 
 def _recorded(box: Any) -> str:

@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
                 f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
                 "moved with --fresh"
             )
-        estimates = check(job, device, amp)
+        estimates = check(job, device, amp, args.on_nonfinite == "skip")
         require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:
@@ -131,7 +131,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
                 with _keeping(run):
                     _begin(args, job, run, flags, stack)
     decay = args.model_ema_decay if args.model_ema else None
-    options = Options(amp, args.torchcompile, decay, args.on_nonfinite, args.sync_bn)
+    options = Options(amp, args.torchcompile, decay, args.on_nonfinite, args.sync_bn, args.safe_config)
     log = logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext()
     with log, _keeping(run):
         if args.log_config:

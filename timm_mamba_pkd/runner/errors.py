@@ -12,6 +12,7 @@ import torch
 
 Keys = tuple[str, ...]
 
+LONGEST = 1000
 NOT_FROM_CONFIGS = {"params", "optimizer", "student_model", "teacher_model", "device", "device_ids", "distributed"}
 
 
@@ -30,7 +31,12 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says, in one line of at most `LONGEST` characters; never torch's and timm's advice to load a file
+    unsafely."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if re.search("weights.only", line, re.IGNORECASE):
+        return "the file holds more than tensors and plain values and was not loaded"
+    return line[:LONGEST]
 
 
 def unknown_key(key: str, where: str, known: Iterable[str]) -> str:

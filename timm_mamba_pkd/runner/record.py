@@ -18,19 +18,20 @@ PACKAGES = ("timm_mamba_pkd", "torch", "torchvision", "timm", "torchdistill", "n
 GIT_SECONDS = 10
 
 
-def describe_start(device: torch.device, checkpoint: str | None) -> dict[str, Any]:
+def describe_start(device: torch.device, checkpoint: str | None, safe: bool) -> dict[str, Any]:
     """A start of a run, as run.json has it: plain data.
 
     Args:
         device: that trains.
         checkpoint: file name of the one it goes on from, None if it begins.
+        safe: leave out the git state: for it git runs programs that the working folder's repository configures.
     """
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "checkpoint": checkpoint,
         "versions": {"python": platform.python_version(), **versions()},
-        "git": git_state(Path.cwd()),
+        "git": None if safe else git_state(Path.cwd()),
         "hardware": hardware(device),
         "scan": next(name for name, backend in BACKENDS.items() if backend is resolve("auto", device)),
     }
@@ -50,9 +51,10 @@ def versions() -> dict[str, str | None]:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of a working tree, and whether files that git tracks differ from it; None where git knows none."""
     try:
+        git = ["git", "-c", "core.fsmonitor=false"]  # a program that the repository names
         commit, changes = (
             subprocess.run(
-                ["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_SECONDS
+                [*git, *command], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_SECONDS
             ).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from timm_mamba_pkd.datasets import Digits
 from timm_mamba_pkd.distillation import RULES, progressive
-from timm_mamba_pkd.runner.errors import ConfigError
+from timm_mamba_pkd.runner.errors import LONGEST, ConfigError
 from timm_mamba_pkd.runner.schema import Problem
 from timm_mamba_pkd.runner.source import Source
 from timm_mamba_pkd.runner.tags import PACKAGES, PLAIN, Built, Section, TagReader, is_enumeration
@@ -51,6 +51,7 @@ READER_ARGUMENTS = (
     "name", "root", "split", "search_split", "is_training", "download", "input_img_mode", "transform",
     "target_transform",
 )  # fmt: skip
+NO_FOLDER = re.compile(r"\.tar\b|\[", re.IGNORECASE)  # timm looks for the part of a split before its bracket
 MODEL_ARGUMENTS = (
     "model_name", "students", "combination", "small_stem", "channels", "reductions",  # of ours
     "num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate", "pretrained",
@@ -163,8 +164,13 @@ def _judge_reader(call: Built, arguments: dict[str, Any]) -> Iterator[Problem]:
         if name not in (*READER_ARGUMENTS, "kwargs"):
             yield call.line, f"{call} is refused by --safe-config with {name}: it takes {', '.join(READER_ARGUMENTS)}"
     for name in ("root", "split"):
-        if str(arguments.get(name)).endswith(".tar"):
-            yield call.line, f"{call} is refused by --safe-config with a tar file: unpack it and name the folder"
+        path = arguments.get(name)
+        if path is not None and (not isinstance(path, str) or NO_FOLDER.search(path)):
+            yield (
+                call.line,
+                f"{call} is refused by --safe-config with {name} {path}, which may stand for a tar file: unpack it and "
+                "name the folder",
+            )
 
 
 def _judge_names(section: Section, folders: Folders | None) -> Iterator[Problem]:
@@ -271,7 +277,7 @@ def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def _printable(message: str) -> str:
     """A message of one line, whatever a config has written into it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:1000])
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:LONGEST])
 
 
 def _one_line(error: Exception) -> str:

@@ -64,7 +64,7 @@ def run_select(args: argparse.Namespace) -> None:
         if propose is not None:
             pool = [*pool, *_proposed(propose, pool, table, args)]
             table = _measure(pool, device, args)
-        about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None)}
+        about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None, args.safe_config)}
         document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
         old = move_to_old(folder, *(folder / name for name in FILES))
         write_selection(document, folder)

@@ -15,6 +15,7 @@ from torchdistill.common import yaml_util
 from timm_mamba_pkd.runner.errors import ConfigError, Keys, explain, first_line
 
 SECTIONS = "datasets, models, train and test"
+LONGEST_TEXT = 10_000_000  # characters of a config whose aliases are written out, as error messages may do
 NUMBER_READ_AS_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
 
 
@@ -31,8 +32,8 @@ class Source:
         """Parse a config file.
 
         Raises:
-            ConfigError: the file is missing, unreadable, no YAML or no mapping, a key stands twice in a mapping, or
-                a number is written so that YAML takes it for text.
+            ConfigError: the file is missing, unreadable, no YAML or no mapping, its aliases multiply without measure,
+                a key stands twice in a mapping, or a number is written so that YAML takes it for text.
         """
         path = Path(path).expanduser()
         try:
@@ -49,6 +50,8 @@ class Source:
         if not isinstance(root, yaml.MappingNode):
             found = "an empty file" if root is None else f"{article(root)}"
             raise ConfigError(f"config {path}, line 1: must be a mapping with {SECTIONS}, not {found}")
+        if _length(root, {}) > LONGEST_TEXT:
+            raise ConfigError(f"config {path} has more than {LONGEST_TEXT:,} characters with its aliases written out")
         source = cls(path, text, root)
         source.refuse([*_duplicate_keys(root), *_numbers_read_as_text(root, text)])
         return source
@@ -148,6 +151,17 @@ def walk(node: yaml.Node) -> Iterator[yaml.Node]:
         yield node
         below = [] if isinstance(node, yaml.ScalarNode) else node.value
         waiting += reversed([part for item in below for part in (item if isinstance(item, tuple) else (item,))])
+
+
+def _length(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters of a node and all below it, as often as aliases name them; ``known`` is by the nodes' ids."""
+    if isinstance(node, yaml.ScalarNode):
+        return len(node.value) + 1
+    if id(node) not in known:
+        known[id(node)] = 1  # an alias inside of what it names
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_length(part, known) for part in parts)
+    return known[id(node)]
 
 
 def line_named(node: yaml.Node, message: str) -> int | None:

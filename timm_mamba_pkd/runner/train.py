@@ -15,6 +15,7 @@ from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
 from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
+from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
@@ -33,7 +34,16 @@ from timm_mamba_pkd.runner.step import Step
 from timm_mamba_pkd.runner.streams import start_epoch
 from timm_mamba_pkd.runner.time_left import time_left
 from timm_mamba_pkd.runner.tracking import Tracker
-from timm_mamba_pkd.runner.training_state import Progress, capture, restore, take_own, tensors, with_others
+from timm_mamba_pkd.runner.training_state import (
+    Progress,
+    capture,
+    copy_buffers,
+    put_back,
+    restore,
+    take_own,
+    tensors,
+    with_others,
+)
 from timm_mamba_pkd.runner.unreadable import reporting, share_unreadable
 
 logger = logging.getLogger(__name__)
@@ -52,6 +62,7 @@ class Options:
         ema_decay: of the average of the weights, which is then what is validated, saved and handed on; None for none.
         on_nonfinite: 'stop' at a loss that is not finite, or 'skip' its batch, up to `SKIPPED_AT_MOST` times a stage.
         sync_bn: have the student's batch norms see the batches of all processes.
+        safe: the config is a stranger's, and so may be the working folder.
     """
 
     amp: torch.dtype | None = None
@@ -59,6 +70,7 @@ class Options:
     ema_decay: float | None = None
     on_nonfinite: str = "stop"
     sync_bn: bool = False
+    safe: bool = False
 
 
 class Trainer:
@@ -75,7 +87,7 @@ class Trainer:
     Raises:
         ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
             written, or all are damaged.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, or what is to be saved, is not finite.
         Interrupted: a signal came; what was trained is saved.
         ProcessEnded: another process of the run has ended.
     """
@@ -116,7 +128,7 @@ class Trainer:
                 self.step.scaler.load_state_dict(self._resumed["scaler"])
         if distributed.is_main():
             last = None if self._resumed is None else self.checkpoints.last()
-            run.note_start(describe_start(device, None if last is None else last.name))
+            run.note_start(describe_start(device, None if last is None else last.name, options.safe))
         if options.torchcompile is not None:
             compile_models(job, self.box, options.torchcompile)
         self.box.can_extend = True  # a stage may be trained again
@@ -205,6 +217,7 @@ class Trainer:
                 f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
             )
         images, targets = images.to(self.device), targets.to(self.device)
+        buffers = copy_buffers(job, box) if self.options.on_nonfinite == "skip" else []
         try:
             with autocast(self.device, self.options.amp):
                 loss = box.forward_process(images, targets, supp_dict)
@@ -216,6 +229,7 @@ class Trainer:
         total, count = self._agree(value * len(targets), len(targets))
         if not math.isfinite(total):
             self._meet_nonfinite(value, indices)
+            put_back(buffers)  # the forward pass has put the batch into batch norms' statistics
             return total
         self.progress.total_loss += total
         self.progress.counted += count
@@ -256,11 +270,18 @@ class Trainer:
         if distributed.is_main():
             logger.warning("Skipped a batch: %s", what)
 
-    def _save(self, batches: Batches) -> None:
-        for name, parameter in self.job.student.named_parameters():
-            if not parameter.isfinite().all():
+    def _require_finite(self) -> None:
+        """Refuse to save what is not finite: a parameter, a buffer such as batch norm's statistics, or the rule."""
+        wrapper = getattr(self.box, "student_model", None)
+        rule = wrapper.rule.state_dict(prefix="rule.") if isinstance(wrapper, StageWrapper) else {}
+        student = self.job.student
+        with distributed.failing_together(FloatingPointError):
+            if broken := not_finite({**student.state_dict(), **dict(student.named_parameters()), **rule}):
                 where = self.checkpoints.last_in_words()
-                raise FloatingPointError(f"{name} is no longer finite at epoch {self.progress.epoch + 1}; {where}")
+                raise FloatingPointError(f"no longer finite at epoch {self.progress.epoch + 1}: {broken}; {where}")
+
+    def _save(self, batches: Batches) -> None:
+        self._require_finite()
         state = with_others(capture(self.job, self.box, self.progress, batches.random_state()))
         state["scaler"] = self.step.scaler.state_dict()
         state["average"] = None if self.average is None else self.average.state_dict()
@@ -279,6 +300,7 @@ class Trainer:
         if isinstance(job.student, MambaPKDEnsemble) and ends:
             with autocast(self.device, options.amp):
                 finish_stage(box)
+            self._require_finite()
         lr = box.optimizer.param_groups[0]["lr"]
         record = {
             "stage": stage,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_mamba_pkd.distillation import StageWrapper
+from timm_mamba_pkd.distillation import Rule, StageWrapper
 from timm_mamba_pkd.distributed import gather, rank, world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.models.adaptation import adapt_to
@@ -16,6 +16,9 @@ from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.random_state import RandomState
+
+BufferCopy = tuple[nn.Module, str, torch.Tensor]
+"""A module, the name of a buffer of its own, and the copy."""
 
 
 @dataclass
@@ -139,6 +142,23 @@ def tensors(job: Job, box: Any) -> list[torch.Tensor]:
     """All parameters and buffers that training may change."""
     modules = [module for name, module in _modules(job, box).items() if _changes(name, module)]
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def copy_buffers(job: Job, box: Any) -> list[BufferCopy]:
+    """Copies of what a forward pass may change, batch norms' statistics above all, for `put_back`.
+
+    A rule's buffers are left out: they change after a stage only, and may be as large as the training set.
+    """
+    modules = [module for name, module in _modules(job, box).items() if _changes(name, module)]
+    parts = dict.fromkeys(part for module in modules for part in module.modules() if not isinstance(part, Rule))
+    return [(part, name, buffer.clone()) for part in parts for name, buffer in part.named_buffers(recurse=False)]
+
+
+@torch.no_grad()
+def put_back(copies: list[BufferCopy]) -> None:
+    """Undo what has happened to the buffers since `copy_buffers`."""
+    for module, name, copy in copies:
+        module.get_buffer(name).copy_(copy)
 
 
 def _modules(job: Job, box: Any) -> dict[str, nn.Module]:
