@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from timm_mamba_pkd.distributed import world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.config import Job, local_file, stage_weights, stages
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
@@ -75,6 +76,7 @@ def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> lis
     try:
         with job.source.locating(), _same_random_numbers():
             _check_schedule(job)
+            _check_destination(job)
             return list(_try_stages(_copy(job, amp), device, amp))
     finally:
         logs.setLevel(level)
@@ -314,6 +316,20 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
 
 
 def _check_schedule(job: Job) -> None:
+def _check_destination(job: Job) -> None:
+    """A run reads its weights again when it goes on."""
+    if job.destination is None:
+        return
+    models = job.config["models"]
+    files = [(("models", role, "src_ckpt"), local_file((models[role] or {}).get("src_ckpt"))) for role in models]
+    for keys, path in [*files, *stage_weights(job.config["train"])]:
+        if path is not None and os.path.realpath(path) == os.path.realpath(job.destination):
+            raise ConfigError(
+                f"dst_ckpt {job.destination} is also {'.'.join(keys)}, which it would overwrite: name another file",
+                at=("models", job.student_role, "dst_ckpt"),
+            )
+
+
     wrappers = [(stage.get("student") or {}).get("auxiliary_model_wrapper") for stage in stages(job.config["train"])]
     count = sum(wrapper is not None and wrapper.get("key") == STAGE_WRAPPER for wrapper in wrappers)
     if count == 0:

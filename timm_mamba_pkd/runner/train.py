@@ -14,7 +14,7 @@ from torch import nn
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
-from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
+from timm_mamba_pkd.models import MambaPKDEnsemble, save_weights
 from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.average import WeightAverage, in_training
 from timm_mamba_pkd.runner.batches import Batches
@@ -23,6 +23,7 @@ from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.destination import save_destination
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
@@ -67,14 +68,13 @@ class Trainer:
     It goes on from where it had stopped.
 
     Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
-    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
-    torchdistill's format unless it is named .safetensors.
+    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end.
 
     Several processes take their shares of every batch; rank 0 alone writes.
 
     Raises:
         ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
-            written, or all are damaged.
+            written, or all are damaged; ``dst_ckpt`` is there by now, and not of this run.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal came; what was trained is saved.
         ProcessEnded: another process of the run has ended.
@@ -134,9 +134,9 @@ class Trainer:
             self._finish_epoch(stage)
             progress.begin_epoch(progress.epoch + 1)
         box.clean_modules()
-        if self.job.destination is not None and distributed.is_main():
-            save = save_weights if self.job.destination.suffix == ".safetensors" else save_checkpoint
-            save(self.job.student, self.job.destination)
+        with distributed.failing_together(ConfigError):
+            if self.job.destination is not None and distributed.is_main():
+                save_destination(self.job.student, self.job.destination, self.run)
         logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
     def _train_epoch(self) -> None:
