@@ -59,10 +59,11 @@ class StageEstimate:
         return self.epochs * self.steps * self.seconds_per_step
 
 
-def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> list[StageEstimate]:
+def check(job: Job, device: torch.device, amp: torch.dtype | None = None, sync_bn: bool = False) -> list[StageEstimate]:
     """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
 
-    It works on copies and puts the random number generators back: a run is the same with and without it.
+    It works on copies and puts the random number generators back: a run is the same with and without it. With
+    ``sync_bn`` the student's batch norms will see the batches of all processes.
 
     Raises:
         ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
@@ -75,9 +76,9 @@ def check(job: Job, device: torch.device, amp: torch.dtype | None = None) -> lis
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
     try:
         with job.source.locating(), _same_random_numbers():
-            _check_schedule(job)
             _check_destination(job)
-            return list(_try_stages(_copy(job, amp), device, amp))
+            _check_schedule(job)
+            return list(_try_stages(_copy(job, amp), device, amp, sync_bn))
     finally:
         logs.setLevel(level)
 
@@ -94,7 +95,7 @@ def _copy(job: Job, amp: torch.dtype | None) -> Job:
     return trial
 
 
-def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iterator[StageEstimate]:
+def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None, sync_bn: bool) -> Iterator[StageEstimate]:
     box: Any = None
     for number, stage in enumerate(stages(job.config["train"]), start=1):
         name = f"stage{number}"
@@ -123,7 +124,7 @@ def _try_stages(job: Job, device: torch.device, amp: torch.dtype | None) -> Iter
         seconds = _try_step(job, box, batch, device, amp, name)
         if seconds < SLOW:
             seconds = _try_step(job, box, batch, device, amp, name)
-        _check_last_batch(box, name, device)
+        _check_last_batch(box, name, device, sync_bn)
         _check_scheduler(box, stage, name, steps)
         wrapper = getattr(box, "student_model", None)
         yield StageEstimate(
@@ -262,12 +263,12 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
                 raise ConfigError(f"train.{name}: {message}", at=place)
 
 
-def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
+def _check_last_batch(box: Any, stage: str, device: torch.device, sync_bn: bool) -> None:
     """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
     loader = box.train_data_loader
     if isinstance(loader.dataset, IterableDataset) or loader.drop_last or loader.batch_size is None:
         return
-    if not 1 <= len(loader.dataset) % (loader.batch_size * world()) <= world():
+    if not 1 <= len(loader.dataset) % (loader.batch_size * world()) < 2 * (1 if sync_bn else world()):
         return
     images, targets, supp_dict = next(
         iter(DataLoader(loader.dataset, batch_sampler=[[0]], collate_fn=loader.collate_fn))
@@ -276,8 +277,8 @@ def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
         box.forward_process(images.to(device), targets.to(device), supp_dict)
     except Exception as error:
         raise ConfigError(
-            f"train.{stage}: the last batch of an epoch has one image, which cannot be trained on "
-            f"({first_line(error)}): set drop_last: True or another batch_size",
+            f"train.{stage}: the last batch of an epoch has one image{' in a process' if world() > 1 else ''}, which "
+            f"cannot be trained on ({first_line(error)}): set drop_last: True or another batch_size",
             at=("train", stage, "train_data_loader", "kwargs"),
         ) from error
 
@@ -315,7 +316,6 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
         raise ConfigError(message, at=at) from error
 
 
-def _check_schedule(job: Job) -> None:
 def _check_destination(job: Job) -> None:
     """A run reads its weights again when it goes on."""
     if job.destination is None:
@@ -330,6 +330,7 @@ def _check_destination(job: Job) -> None:
             )
 
 
+def _check_schedule(job: Job) -> None:
     wrappers = [(stage.get("student") or {}).get("auxiliary_model_wrapper") for stage in stages(job.config["train"])]
     count = sum(wrapper is not None and wrapper.get("key") == STAGE_WRAPPER for wrapper in wrappers)
     if count == 0:

@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             run.require_same_inputs(describe_inputs(job))
             if destination is not None:
                 require_own(destination, run)
-        estimates = check(job, device, amp)
+        estimates = check(job, device, amp, args.sync_bn)
         require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:

@@ -177,7 +177,8 @@ class Trainer:
         left = reporting(self.job.datasets, batches.epoch(progress.samples, after, self._replays))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
-            loss = self._step(images, targets, supp_dict, indices)
+            with distributed.only_first(batches.present):
+                loss = self._step(images, targets, supp_dict, indices)
             progress.samples = batches.done
             progress.steps += 1
             progress.seconds = before + time.perf_counter() - started
@@ -198,7 +199,10 @@ class Trainer:
         return time_left(self.estimates, stage, steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
-        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
+        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes.
+
+        Loss and gradient are those of all processes' samples together, however many each has.
+        """
         job, box = self.job, self.box
         if not targets.is_floating_point() and targets.max() >= job.num_classes:
             raise ConfigError(
@@ -213,13 +217,14 @@ class Trainer:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
-        total, count = self._agree(value * len(targets), len(targets))
+        own = len(targets) if distributed.is_present() else 0
+        total, count = self._agree(value * own, own)
         if not math.isfinite(total):
             self._meet_nonfinite(value, indices)
             return total
         self.progress.total_loss += total
         self.progress.counted += count
-        self.step(box, loss)
+        self.step(box, loss if distributed.world() == 1 else loss * (distributed.world() * own / count))
         if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
             self.average.update()
         return total / count
