@@ -14,7 +14,7 @@ help:
 	@echo "make clean-demo  remove what the demo made"
 	@echo "make test        lint, types and tests"
 	@echo "make test-oldest the tests, with the oldest torch, timm and torchdistill that pyproject.toml allows"
-	@echo "make faults      runs that are killed, damaged and starved, at many more moments than in make test"
+	@echo "make faults      runs that are killed, damaged, starved and attacked, at many more moments than in make test"
 	@echo
 	@echo "They first install the package into .venv or .venv-oldest. Variables, for example:"
 	@echo "  make demo PYTHON=python3.12"

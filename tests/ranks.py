@@ -21,7 +21,7 @@ def check_all(rank: int, world: int, port: int) -> None:
     assert distributed.world() == 1 and distributed.is_main(), "not before they are together"
     with distributed.process_group(torch.device("cpu")):
         assert (distributed.rank(), distributed.world(), distributed.is_main()) == (rank, world, rank == 0)
-        for check in (objects, errors, gradients, tensors, shares, batch_norms):
+        for check in (objects, errors, gradients, tensors, shares, batch_norms, left_out):
             check(rank, world)
     assert distributed.world() == 1
 
@@ -119,3 +119,21 @@ def batch_norms(rank: int, world: int) -> None:
         for name, tensor in alone.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.eval()(images), alone.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def left_out(rank: int, world: int) -> None:
+    """A process without data is no part of the statistics, of the gradients of others, and of nothing else."""
+    torch.manual_seed(0)
+    images = torch.randn(3, 2, 4, 4)
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+    alone = copy.deepcopy(model)
+    synchronize_batch_norms(model)
+    alone(images).square().sum().mul(0.5).backward()
+    assert distributed.is_present() and distributed.all_present()
+    with distributed.only_first(1):
+        assert distributed.is_present() == (rank == 0) and not distributed.all_present()
+        (model(images if rank == 0 else images[:1]).square().sum() * (0.5 * world if rank == 0 else 0)).backward()
+    distributed.average_gradients(model.parameters())
+    for parameter, truth in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, truth.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.state_dict(), alone.state_dict())

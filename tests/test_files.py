@@ -1,11 +1,12 @@
 """Files that are whole or absent."""
 
+import errno
 import os
 import stat
 
 import pytest
 
-from timm_mamba_pkd.files import leftover_files, whole_file, write_file
+from timm_mamba_pkd.files import WriteError, leftover_files, whole_file, write_file
 
 
 def test_content_and_permissions(tmp_path):
@@ -28,6 +29,32 @@ def test_nothing_is_seen_before_the_end(tmp_path):
         (leftover,) = leftover_files(tmp_path)
         assert leftover.read_bytes() == b"after"
     assert path.read_bytes() == b"after" and not list(leftover_files(tmp_path))
+
+
+def test_files_of_others_are_no_leftovers(tmp_path):
+    for name in (".my.tmp", ".notes.1.tmp", "mamba-pkd.tmp"):
+        (tmp_path / name).touch()
+    assert not list(leftover_files(tmp_path))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_replaces_nothing(links, tmp_path, monkeypatch):
+    """Also where it appears in the meantime, and on file systems without links."""
+
+    def refuse(*args):
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    write_file(path, b"one", replace=False)
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: path.write_bytes(b"another's"))
+    with pytest.raises(WriteError, match="File exists") as error:
+        write_file(path, b"two", replace=False)
+    assert error.value.errno == errno.EEXIST
+    assert path.read_bytes() == b"another's" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -27,6 +27,7 @@ class SaidByMain(Exception):
 
 class _State:
     together = False  # between init_process_group and its end, if it was ours
+    present: int | None = None  # of `only_first`
 
 
 _state = _State()
@@ -80,6 +81,27 @@ def process_group(device: torch.device) -> Iterator[None]:
     yield
     _state.together = False  # after an error nobody may be left to end it with
     distributed.destroy_process_group()
+
+
+@contextmanager
+def only_first(number: int) -> Iterator[None]:
+    """In this context the first ``number`` processes alone have data; what the others do keeps step, but is no part of
+    the result."""
+    _state.present = number
+    try:
+        yield
+    finally:
+        _state.present = None
+
+
+def is_present() -> bool:
+    """Whether this process has data, see `only_first`."""
+    return _state.present is None or rank() < _state.present
+
+
+def all_present() -> bool:
+    """Whether every process has data, see `only_first`."""
+    return _state.present is None or world() <= _state.present
 
 
 @contextmanager

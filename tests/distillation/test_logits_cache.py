@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.distillation.logits_cache import CachedModel, cache_bytes
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.mark.parametrize("loading", [{}, {"batch_size": 1}, {"batch_size": SAMPLES}, {"num_workers": 2}])
 def test_each_view_is_computed_once(tmp_path, loading):

@@ -11,6 +11,8 @@ from small_cache import SAMPLES, VIEWS, Model, epoch_through, open_cache, run, t
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+pytestmark = pytest.mark.fault
+
 
 def test_another_process_reads_it(tmp_path):
     assert run(tmp_path, Model(), views_of()) == VIEWS * SAMPLES

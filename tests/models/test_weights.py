@@ -174,6 +174,7 @@ class Malicious:
         return (self.target.mkdir, ())
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
 def test_malicious_pickle_is_not_executed(tmp_path, kind):
     path, target = tmp_path / "w.pt", tmp_path / "owned"

@@ -1,6 +1,7 @@
 """An epoch from its middle on gives what the whole epoch gives there."""
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def drawn(loader: DataLoader, monkeypatch: pytest.MonkeyPatch, world: int, done:
             monkeypatch.setattr(f"timm_mamba_pkd.runner.batches.{name}", lambda value=value: value)
         torch.manual_seed(3)  # broadcast by hand
         batches = Batches(loader)
-        own = [(indices, batches.done) for _, indices in batches.epoch(done)]
+        own = [(indices if rank < batches.present else [], batches.done) for _, indices in batches.epoch(done)]
         assert done > 0 or len(own) == len(batches)
         parts.append([indices for indices, _ in own])
         counts.append([count for _, count in own])
@@ -160,20 +161,37 @@ def drawn(loader: DataLoader, monkeypatch: pytest.MonkeyPatch, world: int, done:
     return list(zip(*parts, strict=True)), counts[0]
 
 
+def in_order(step: Any) -> list[int]:
+    """The indices of a step's shares, as the sampler gave them."""
+    return [index for turn in zip_longest(*step) for index in turn if index is not None]
+
+
 @pytest.mark.parametrize("kind", ["in order", "random", "drop last", "weighted"])
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_share_the_order_of_one(kind, world, monkeypatch):
     order = [index for (step,) in drawn(LOADERS[kind](), monkeypatch, 1)[0] for index in step]
     steps, counts = drawn(LOADERS[kind](), monkeypatch, world)
-    assert {len({len(share) for share in step}) for step in steps} == {1}, "equally many, so that means are means"
-    together = [[share[i] for i in range(len(step[0])) for share in step] for step in steps]
+    together = [in_order(step) for step in steps]
     flat = [index for step in together for index in step]
+    assert flat == order[: len(flat)] and counts[-1] == len(flat), "none twice"
     if kind == "drop last":
-        assert all(len(step) == 4 * world for step in together) and flat == order[: len(flat)]
+        assert all(len(step) == 4 * world for step in together)
         assert len(order) - len(flat) < 4 * world
         return
-    assert flat[: len(order)] == order and flat[len(order) :] == order[: len(flat) - len(order)]
-    assert len(flat) - len(order) < world and counts[-1] == len(order)
+    assert len(flat) == len(order)
+    for step in steps:
+        sizes = [len(share) for share in step]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_whole_batches(world, monkeypatch):
+    """Each takes one; where none is left, what rank 0 takes, and it does not count."""
+    loader = LOADERS["batch sampler"]()
+    steps, counts = drawn(loader, monkeypatch, world)
+    batches = list(loader.batch_sampler)  # type: ignore
+    assert [share for step in steps for share in step if share] == batches
+    assert counts[-1] == sum(map(len, batches))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
@@ -182,5 +200,5 @@ def test_another_number_of_processes_goes_on_in_the_same_order(before, after, mo
     order = [index for (step,) in drawn(LOADERS["random"](), monkeypatch, 1)[0] for index in step]
     for done in counts[:-1]:
         rest, _ = drawn(LOADERS["random"](), monkeypatch, after, done)
-        seen = [share[i] for step in rest for i in range(len(step[0])) for share in step]
-        assert seen[: len(order) - done] == order[done:], "nothing twice, nothing left out"
+        seen = [index for step in rest for index in in_order(step)]
+        assert seen == order[done:], "nothing twice, nothing left out"

@@ -127,6 +127,17 @@ def test_a_last_batch_of_one_image(progressive, write):
     check(prepare(write(progressive), CPU), CPU)
 
 
+def test_a_last_batch_of_one_image_in_a_process(progressive, write, monkeypatch):
+    """Three left for two processes; with synchronized batch norms they are three."""
+    monkeypatch.setattr("timm_mamba_pkd.runner.check.world", lambda: 2)
+    progressive["train"]["init"]["kwargs"]["train_data_loader"]["kwargs"] = {"batch_size": 7}
+    progressive["datasets"]["fake/train"]["init"]["kwargs"]["size"] = 17
+    job = prepare(write(progressive), CPU)
+    with pytest.raises(ConfigError, match="the last batch of an epoch has one image in a process, which cannot"):
+        check(job, CPU)
+    check(job, CPU, sync_bn=True)
+
+
 def test_no_worker_processes_are_started(plain, write, monkeypatch):
     plain["train"]["train_data_loader"]["kwargs"]["num_workers"] = 2
     job = prepare(write(plain), CPU)

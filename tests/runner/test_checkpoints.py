@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints):
 
 def test_what_a_killed_process_left_is_removed(checkpoints):
     checkpoints.folder.mkdir()
-    (checkpoints.folder / ".stage1.pt.1.tmp").write_bytes(b"half")
+    (checkpoints.folder / ".stage1.pt.1.mamba-pkd.tmp").write_bytes(b"half")
     path = checkpoints.save(state(1), 1, 1, 100)
     assert list(checkpoints.folder.iterdir()) == [path]
 

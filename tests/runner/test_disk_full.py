@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from timm_mamba_pkd.runner import checkpoints, results, run_folder
+from timm_mamba_pkd.runner import checkpoints, destination, results, run_folder
 from timm_mamba_pkd.runner import train as training
 
 pytestmark = pytest.mark.fault
@@ -52,7 +52,7 @@ def full_in(monkeypatch) -> Callable[[Any, str, int], None]:
         (run_folder.RunFolder, "note_start", 1, "run.json"),
         (training.logger, "info", 3, "log.txt"),
         (results, "write_report", 1, "results.md"),
-        (training, "save_checkpoint", 1, "model.pt"),
+        (destination, "write_file", 1, "model.pt"),
         (checkpoints.Checkpoints, "save", 2, "checkpoints"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

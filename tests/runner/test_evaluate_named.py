@@ -122,6 +122,7 @@ def test_torchvisions_classes(place, capsys):
     assert first == third
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_broken_images_are_named_and_there_is_no_result(dataset, workers, place, capsys):
@@ -139,6 +140,7 @@ def test_broken_images_are_named_and_there_is_no_result(dataset, workers, place,
     assert all(f"{name} (" in captured.err for name in ("class0/text.png", "class1/cut.png", "class2/empty.jpg"))
 
 
+@pytest.mark.fault
 def test_only_broken_images(place, capsys):
     save_weights(model(), "weights.safetensors")
     for path in place.rglob("*.png"):
@@ -299,6 +301,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_hostile_checkpoint(name, place, capsys):
     file, write = CHECKPOINTS[name]
@@ -310,6 +313,7 @@ def test_hostile_checkpoint(name, place, capsys):
     assert captured.out == "" and not (place / "marker").exists() and sorted(place.parent.glob("*")) == before
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["a pickle", "torch.save", "old torch.save", "nested", "by state"])
 def test_the_pickles_are_hostile(name, place):
     """They are if they are read as pickles were before."""
@@ -320,6 +324,7 @@ def test_the_pickles_are_hostile(name, place):
     assert (place / "marker").exists()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("where", ["models", "stage", "timm", "wrapper"])
 def test_checkpoints_that_a_config_names(where, place, progressive, run, capsys):
     """Also where torchdistill would unpickle them, and without --safe-config."""

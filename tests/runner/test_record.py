@@ -138,8 +138,16 @@ def test_lines_of_a_long_epoch(progressive, run, caplog):
 
 def test_record_is_whole(tmp_path):
     run = RunFolder(tmp_path)
-    (tmp_path / "config").write_text("a: 1")
-    run.create(tmp_path / "config", None, {"--seed": 1})
+    inputs: dict[str, int | str] = {"samples in data set 'a'": 1}
+    run.create("a: 1\r\n", None, {"--seed": 1}, inputs)
+    assert run.config.read_bytes() == b"a: 1\r\n"
     run.note_start({"time": "now"})
+    run.note_destination("123")
+    run.note_destination("123")
     run.note_start({"time": "later"})
-    assert record(tmp_path) == {"flags": {"--seed": 1}, "starts": [{"time": "now"}, {"time": "later"}]}
+    assert record(tmp_path) == {
+        "flags": {"--seed": 1},
+        "inputs": inputs,
+        "starts": [{"time": "now"}, {"time": "later"}],
+        "dst_ckpt": ["123"],
+    }

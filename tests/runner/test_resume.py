@@ -12,6 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torchdistill.core.training import TrainingBox
+from torchvision.datasets import FakeData
 
 from timm_mamba_pkd.runner import train as training
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
@@ -264,16 +265,17 @@ def test_two_runs_in_one_folder(plain, run, signal_at, errors, capsys):
     assert run(plain)[0] == 0
 
 
-def test_a_run_killed_before_it_trained(plain, run, write, tmp_path):
+def test_a_run_killed_before_it_trained(plain, run, tmp_path):
     """The command starts it again, whichever of the first files were there."""
-    config = write(plain)
-    for number, names in enumerate([[], ["run.json"], ["config.yaml"], [".run.json.1.tmp"]]):
+    record = '{"flags": {"--seed": 42}, "starts": []}'
+    for number, names in enumerate([[], ["run.json"], ["run.json", "expanded.yaml"], [".run.json.1.mamba-pkd.tmp"]]):
         folder = tmp_path / f"run{number}"
         folder.mkdir()
         for name in names:
-            (folder / name).write_bytes(config.read_bytes()[:100])
+            (folder / name).write_text(record)
+        (folder / ".my.tmp").touch()
         assert run(plain, output=folder.name)[0] == 0
-        assert not list(folder.rglob("*.tmp"))
+        assert [path.name for path in folder.rglob("*.tmp")] == [".my.tmp"]
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"flags": 3}', "{}"])
@@ -289,6 +291,45 @@ def test_a_damaged_record(content, plain, run, signal_at, errors, capsys):
     assert errors() == [f"{folder}/run.json is damaged: {advice}"]
     (folder / "run.json").write_text(record)
     assert run(plain)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["weights", "checkpoints"])
+def test_a_file_in_the_place_of_a_folder(name, plain, run, signal_at, errors, capsys):
+    signal_at(training.Trainer, "_step", 2)
+    code, folder = run(plain)
+    assert code == 143
+    capsys.readouterr()
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).write_text("a file")
+    assert run(plain)[0] == 2
+    assert errors() == [f"{folder / name} is damaged: put it back, choose another --output, or start anew with --fresh"]
+
+
+def test_inputs_that_changed(progressive, run, build, signal_at, errors, capsys, tmp_path, monkeypatch):
+    """The files of a teacher and of a stage, the length of a data set; the config is the same."""
+    teacher, later = tmp_path / "teacher.safetensors", tmp_path / "later.safetensors"
+    progressive["models"]["teacher_model"]["src_ckpt"] = str(teacher)
+    progressive["train"]["init"]["kwargs"]["teacher"] = {"src_ckpt": str(later)}
+    for path in (teacher, later):
+        build.weights(path, "test_resnet")
+    signal_at(training.Trainer, "_step", 2)
+    code, folder = run(progressive)
+    assert code == 143
+    capsys.readouterr()
+    began = f"the run in {folder} began with"
+    advice = "put back what it began with, choose another --output, or start anew with --fresh"
+    content = teacher.read_bytes()
+    for path, name in ((teacher, "the teacher"), (later, "train.stage1.teacher.src_ckpt")):
+        build.weights(path, "test_resnet", seed=1)
+        assert run(progressive)[0] == 2
+        (error,) = errors()
+        assert error.startswith(f"{began} other weights {'of' if path is teacher else 'in'} {name}") and advice in error
+        path.write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeData, "__len__", lambda self: self.size - (self.random_offset == 0))
+        assert run(progressive)[0] == 2
+    assert errors() == [f"{began} 24 samples in data set 'fake/train', not with 23: {advice}"]
+    assert run(progressive)[0] == 0
 
 
 def test_lost_checkpoints_are_said(plain, run, signal_at, caplog):

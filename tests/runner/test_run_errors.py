@@ -112,6 +112,44 @@ def test_fresh_moves_the_run_before_away(plain, run, tmp_path):
         assert path.name in ("mine.txt", ".lock") or moved[folder / "old-1" / path] == content
 
 
+def test_fresh_with_the_runs_own_config(plain, run, tmp_path):
+    """It is read before it is moved away."""
+    _, folder = run(plain)
+    content = (folder / "config.yaml").read_bytes()
+    for number in (1, 2):
+        assert run(folder / "config.yaml", "--fresh")[0] == 0
+        assert (folder / f"old-{number}" / "config.yaml").read_bytes() == content
+        assert (folder / "config.yaml").read_bytes() == content
+    assert run(folder / "config.yaml")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "expanded.yaml"])
+def test_files_of_the_users_by_such_names(name, plain, run, write, capsys, tmp_path):
+    """They are not taken for a run that was killed as it began; --fresh moves them away."""
+    (tmp_path / "mine").mkdir()
+    mine = tmp_path / "mine" / name
+    mine.write_bytes(write(plain).read_bytes())
+    before = mine.read_bytes()
+    assert run(plain, output="mine")[0] == 2
+    assert error_of(capsys) == f"{mine.parent} holds a run that cannot be resumed: choose another --output, or --fresh"
+    assert files(mine.parent) == {mine: before, mine.parent / ".lock": b""}
+    assert run(plain, "--fresh", output="mine")[0] == 0
+    assert (mine.parent / "old-1" / name).read_bytes() == before
+
+
+def test_a_damaged_table_of_a_finished_run(plain, run, capsys):
+    _, folder = run(plain)
+    for content in (b"", b"garbage\n", b"\xff\x00"):
+        (folder / "results.csv").write_bytes(content)
+        capsys.readouterr()
+        assert run(plain)[0] == 2
+        error = error_of(capsys)
+        assert error.startswith(f"{folder}/results.csv, line 1: ")
+        assert error.endswith("; without that file the same command measures the run again")
+    (folder / "results.csv").unlink()
+    assert run(plain)[0] == 0 and (folder / "results.csv").exists()
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_run_log_that_is_a_directory(command, plain, run, capsys, tmp_path):
     code, folder = run(plain, "--run_log", str(tmp_path), command=command)

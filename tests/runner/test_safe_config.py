@@ -19,6 +19,8 @@ from timm_mamba_pkd.runner.safe_config import CALLED, Folders, require_safe
 from timm_mamba_pkd.runner.schema import set_cache_dir
 from timm_mamba_pkd.runner.source import Source
 
+pytestmark = pytest.mark.fault
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "yaml_configs").rglob("*.yaml"))
 REFUSED = re.compile(

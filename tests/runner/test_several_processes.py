@@ -115,6 +115,26 @@ def test_two_processes_are_as_one_with_the_same_global_batch(together, config, p
         assert top1 == [pytest.approx(row.top1, abs=0.006) for row in read_csv(tmp_path / "of1" / "results.csv")]
 
 
+@pytest.mark.parametrize(("world", "samples"), [(2, 41), (3, 29)])
+def test_a_last_batch_that_does_not_divide(world, samples, together, config, progressive, build, tmp_path):
+    """One sample for two processes, five for three: each counts once, as in one process."""
+    for name, count, offset in (("train", samples, 0), ("val", 12, 100), ("test", 21, 200)):
+        progressive["datasets"][f"fake/{name}"] = build.fake_images(count, offset, side=16)
+    progressive["models"]["student_model"]["kwargs"] |= {"students": ["mamba_pkd_s1"], "img_size": 16}
+    schedule = {"num_epochs": 2, "students": ["mamba_pkd_s1"], "rule": "independent"}
+    results = []
+    for processes, batch_size in ((1, 4 * world), (world, 4)):
+        path = config(batch_size, **schedule)
+        codes, outputs, _ = together(path, "--sync-bn", world=processes, output=f"of{processes}")
+        assert codes == [0] * processes, outputs
+        folder = tmp_path / f"of{processes}"
+        results.append((losses(outputs[0]), [line["loss"] for line in metrics(folder)], weights(folder)))
+    (steps, epochs, one), (own_steps, own_epochs, own) = results
+    assert own_steps == pytest.approx(steps, rel=1e-3) and own_epochs == pytest.approx(epochs, rel=1e-4)
+    for name, tensor in one.items():
+        torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_nan_of_one_process_stops_all_before_the_step(together, config, progressive, tmp_path):
     (tmp_path / "poisoned.py").write_text(
         "from torchvision.datasets import FakeData\n"

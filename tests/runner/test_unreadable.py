@@ -20,6 +20,8 @@ from torchvision.datasets import ImageFolder
 from timm_mamba_pkd.distillation.views import Views
 from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError, file_of
 
+pytestmark = pytest.mark.fault
+
 PER_CLASS = 8
 TO_TENSOR = transforms.Compose([transforms.Grayscale(), transforms.ToTensor()])
 

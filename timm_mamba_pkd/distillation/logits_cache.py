@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd.distillation.views import Views
 from timm_mamba_pkd.files import leftover_files, whole_file, write_file
+from timm_mamba_pkd.models.state_dict import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -271,14 +272,10 @@ def _content(path: Path) -> Any:
 
 
 def _meta(model: nn.Module, views: Views, num_classes: int, precision: str, name: str) -> dict[str, Any]:
-    weights = hashlib.sha256(str(model).encode())
-    for key, tensor in model.state_dict().items():
-        weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     probes = np.linspace(0, len(views) - 1, num=min(PROBES, len(views)), dtype=int)
     return {
         "model": name,
-        "weights": weights.hexdigest(),
+        "weights": fingerprint(model, str(model)),
         "images": [int(views.get(int(i), 0)[2]["checksum"]) for i in probes],
         "samples": len(views),
         "classes": num_classes,

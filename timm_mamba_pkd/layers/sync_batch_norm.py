@@ -4,7 +4,7 @@ import torch
 from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from timm_mamba_pkd.distributed import AllReduce, world
+from timm_mamba_pkd.distributed import AllReduce, all_present, is_present, world
 
 
 def synchronize_batch_norms(model: nn.Module) -> None:
@@ -19,20 +19,24 @@ def synchronize_batch_norms(model: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """PyTorch's ``SyncBatchNorm``, which takes CUDA tensors only; this one takes those on a CPU too."""
+    """PyTorch's ``SyncBatchNorm``, which takes CUDA tensors only; this one takes those on a CPU too.
+
+    The batch of a process without data (`only_first`) is normalised as the others, but is no part of the statistics.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        if world() == 1 or not self.training or input.device.type != "cpu":
+        if world() == 1 or not self.training or (input.device.type != "cpu" and all_present()):
             return super().forward(input)
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
         x = input.float()
         count = input.numel() / input.shape[1]
-        sums: Tensor = AllReduce.apply(torch.cat([x.sum(dims), x.new_tensor([count])]))  # pyright: ignore
+        share = float(is_present())
+        sums: Tensor = AllReduce.apply(share * torch.cat([x.sum(dims), x.new_tensor([count])]))  # pyright: ignore
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = x - mean.view(shape)
-        variance: Tensor = AllReduce.apply(centred.square().sum(dims)) / total  # pyright: ignore
+        variance: Tensor = AllReduce.apply(share * centred.square().sum(dims)) / total  # pyright: ignore
         self._update_statistics(mean.detach(), variance.detach() * total / (total - 1))
         output = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:

@@ -1,10 +1,12 @@
-"""Whether a state dict fits a model, said in one line where it does not."""
+"""Whether a state dict fits a model, said in one line where it does not; and what tells models apart."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +33,15 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> st
     return "; ".join(
         f"{kind} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in kinds.items() if names
     )
+
+
+def fingerprint(model: nn.Module, text: str = "") -> str:
+    """SHA-256 of a text and a model's weights."""
+    digest = hashlib.sha256(text.encode())
+    for key, tensor in model.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def not_finite(state_dict: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """Reading and writing of model weights: safetensors out; safetensors or ``weights_only`` torch files in."""
 
 import argparse
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from timm_mamba_pkd.files import whole_file, write_file
+from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.models.adaptation import adapted
 from timm_mamba_pkd.models.ensemble import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import differences, not_finite
@@ -32,19 +33,30 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write ``model``'s state dict as safetensors, atomically: a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
-    write_file(path, save(state, metadata={"format": "pt"}))
+    write_file(path, weights_file_of(model))
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write ``{"model": state_dict}`` as torch file, atomically: what torchdistill's ``load_ckpt`` reads."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        torch.save({"model": model.state_dict()}, file)
+    write_file(path, checkpoint_file_of(model))
+
+
+def weights_file_of(model: nn.Module) -> bytes:
+    """What `save_weights` writes."""
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    return save(state, metadata={"format": "pt"})
+
+
+def checkpoint_file_of(model: nn.Module) -> memoryview:
+    """What `save_checkpoint` writes."""
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict()}, buffer)
+    return buffer.getbuffer()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -21,16 +21,19 @@ class Batches:
     whose generators go on from epoch to epoch). `Views`, and loaders without workers, load nothing twice.
 
     Among several processes rank 0 draws the order. Each step takes as many samples from it as all processes together
-    have room for in a batch, and rank r of W every W-th of them from the r-th on; where they do not divide, the first
-    samples of the epoch fill up. (Of another sampler of whole batches each process takes one per step.)
+    have room for in a batch, and rank r of W every W-th of them from the r-th on; where they do not divide, some have
+    one sample more than others. (Of another sampler of whole batches each process takes one per step.) A process for
+    which nothing is left takes what rank 0 does, to keep step: it is not one of those ``present``.
 
     Attributes:
         done: how many samples of the present epoch, of all processes, have been through.
+        present: how many processes, the first ones, have samples of their own in the present step.
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.done = 0
+        self.present = world()
         streams = loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset)
         self._replays = streams or (loader.num_workers > 0 and not isinstance(loader.dataset, Views))
         self._order = None if streams else _Order(loader.batch_sampler)
@@ -65,7 +68,10 @@ class Batches:
         if self._order is not None:
             self._order.begin(self.done, None if left or after is None else lambda: self.set_random_state(after))
         for batch in self._ordered:
-            indices, count = (None, len(batch[1]) * world()) if self._order is None else self._order.given.popleft()
+            if self._order is None:
+                indices, count = None, len(batch[1]) * world()
+            else:
+                indices, count, self.present = self._order.given.popleft()
             replayed = self.done < done
             self.done += count
             if not replayed:
@@ -109,9 +115,7 @@ class _Order:
             step = order[start : start + together]
             if len(step) < together and self.batch_sampler.drop_last:
                 return
-            count = len(step)
-            step += [order[i % len(order)] for i in range(-count % world())]
-            yield step[rank() :: world()], count
+            yield step[rank() :: world()] or step[:1], len(step), min(len(step), world())
 
     def _shared_batches(self, batches: list[list[int]]) -> Iterator["_Share"]:
         start = passed = 0
@@ -119,8 +123,8 @@ class _Order:
             passed += len(batches[start])
             start += 1
         for first in range(start, len(batches), world()):
-            count = sum(map(len, batches[first : first + world()]))
-            yield batches[(first + rank()) % len(batches)], count
+            step = batches[first : first + world()]
+            yield step[rank() if rank() < len(step) else 0], sum(map(len, step)), len(step)
 
 
-_Share = tuple[list[int], int]  # indices of this process's samples, and how many the order has gone on by
+_Share = tuple[list[int], int, int]  # indices of this process's samples, how many all have, and `Batches.present`

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from timm_mamba_pkd.distributed import world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.config import Job, local_file, stage_weights, stages
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
@@ -61,12 +62,17 @@ class StageEstimate:
 
 
 def check(
-    job: Job, device: torch.device, amp: torch.dtype | None = None, skips_nonfinite: bool = False
+    job: Job,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    sync_bn: bool = False,
+    skips_nonfinite: bool = False,
 ) -> list[StageEstimate]:
     """Try every stage of ``job`` with one batch, through teacher, student, loss and backward pass.
 
     It works on copies and puts the random number generators back: a run is the same with and without it. With
-    ``skips_nonfinite`` a loss that is not finite is a warning, as training passes over the batch.
+    ``sync_bn`` the student's batch norms will see the batches of all processes; with ``skips_nonfinite`` a loss that is
+    not finite is a warning, as training passes over the batch.
 
     Raises:
         ConfigError: torchdistill refuses a stage, a stage names a module or a file that is not there, a loss a
@@ -79,8 +85,9 @@ def check(
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
     try:
         with job.source.locating(), _same_random_numbers():
+            _check_destination(job)
             _check_schedule(job)
-            return list(_try_stages(_copy(job, amp), device, amp, skips_nonfinite))
+            return list(_try_stages(_copy(job, amp), device, amp, sync_bn, skips_nonfinite))
     finally:
         logs.setLevel(level)
 
@@ -98,7 +105,7 @@ def _copy(job: Job, amp: torch.dtype | None) -> Job:
 
 
 def _try_stages(
-    job: Job, device: torch.device, amp: torch.dtype | None, skips_nonfinite: bool
+    job: Job, device: torch.device, amp: torch.dtype | None, sync_bn: bool, skips_nonfinite: bool
 ) -> Iterator[StageEstimate]:
     box: Any = None
     for number, stage in enumerate(stages(job.config["train"]), start=1):
@@ -134,7 +141,7 @@ def _try_stages(
             logger.warning("%s: such batches are skipped", message)
         elif seconds < SLOW:
             seconds, _ = _try_step(job, box, batch, device, amp, name)
-        _check_last_batch(box, name, device)
+        _check_last_batch(box, name, device, sync_bn)
         put_back(buffers)
         _check_scheduler(box, stage, name, steps)
         wrapper = getattr(box, "student_model", None)
@@ -274,12 +281,12 @@ def _check_ignored(box: Any, stage: dict[str, Any], name: str) -> None:
                 raise ConfigError(f"train.{name}: {message}", at=place)
 
 
-def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
+def _check_last_batch(box: Any, stage: str, device: torch.device, sync_bn: bool) -> None:
     """Batch norm on a 1x1 grid, as 8x8 images end in, cannot train on a left-over batch of one image."""
     loader = box.train_data_loader
     if isinstance(loader.dataset, IterableDataset) or loader.drop_last or loader.batch_size is None:
         return
-    if not 1 <= len(loader.dataset) % (loader.batch_size * world()) <= world():
+    if not 1 <= len(loader.dataset) % (loader.batch_size * world()) < 2 * (1 if sync_bn else world()):
         return
     images, targets, supp_dict = next(
         iter(DataLoader(loader.dataset, batch_sampler=[[0]], collate_fn=loader.collate_fn))
@@ -288,8 +295,8 @@ def _check_last_batch(box: Any, stage: str, device: torch.device) -> None:
         box.forward_process(images.to(device), targets.to(device), supp_dict)
     except Exception as error:
         raise ConfigError(
-            f"train.{stage}: the last batch of an epoch has one image, which cannot be trained on "
-            f"({first_line(error)}): set drop_last: True or another batch_size",
+            f"train.{stage}: the last batch of an epoch has one image{' in a process' if world() > 1 else ''}, which "
+            f"cannot be trained on ({first_line(error)}): set drop_last: True or another batch_size",
             at=("train", stage, "train_data_loader", "kwargs"),
         ) from error
 
@@ -325,6 +332,20 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
     except Exception as error:
         message = f"train.{name}: scheduler {type(scheduler).__name__} fails as it steps: {explain(error)}"
         raise ConfigError(message, at=at) from error
+
+
+def _check_destination(job: Job) -> None:
+    """A run reads its weights again when it goes on."""
+    if job.destination is None:
+        return
+    models = job.config["models"]
+    files = [(("models", role, "src_ckpt"), local_file((models[role] or {}).get("src_ckpt"))) for role in models]
+    for keys, path in [*files, *stage_weights(job.config["train"])]:
+        if path is not None and os.path.realpath(path) == os.path.realpath(job.destination):
+            raise ConfigError(
+                f"dst_ckpt {job.destination} is also {'.'.join(keys)}, which it would overwrite: name another file",
+                at=("models", job.student_role, "dst_ckpt"),
+            )
 
 
 def _check_schedule(job: Job) -> None:

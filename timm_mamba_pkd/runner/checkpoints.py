@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from timm_mamba_pkd.files import WriteError, leftover_files, write_file
+from timm_mamba_pkd.files import WriteError, leftover_files, temporary_path, write_file
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Checkpoints:
         assert match is not None
         best = self.folder / f"best_stage{stage}-{match[4]}.pt"
         if not best.exists():
-            temporary = self.folder / f".best.{os.getpid()}.tmp"
+            temporary = temporary_path(best)
             try:
                 try:
                     os.link(path, temporary)

@@ -21,11 +21,12 @@ from timm_mamba_pkd.runner.check import StageEstimate, check
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.destination import is_own, require_free, require_own
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
 from timm_mamba_pkd.runner.log_file import logging_to
-from timm_mamba_pkd.runner.record import versions
+from timm_mamba_pkd.runner.record import describe_inputs, versions
 from timm_mamba_pkd.runner.results import measure, report
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder
 from timm_mamba_pkd.runner.schema import schedule_arguments
@@ -101,33 +102,34 @@ def run_train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack: ExitStack) -> None:
     flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
-    resuming = finished = False
+    resuming, table = False, None
     with distributed.failing_together(ConfigError):
         if distributed.is_main():
-            resuming, finished = _claim(args, run, flags, stack)
-    resuming, finished = distributed.broadcast((resuming, finished))
-    if finished:
+            resuming = _claim(args, run, flags, stack)
+            table = _table(run) if resuming and run.finished else None
+    resuming, table = distributed.broadcast((resuming, table))
+    if table is not None:
         if distributed.is_main():
             print(f"The run in {run.path} is finished; --fresh starts anew.\n")
-            print(to_text(read_csv(run.path / "results.csv")))
+            print(table)
         return
     job, amp = set_up(args, device)
     if isinstance(job.student, MambaPKDEnsemble):
         job.student.drop_policy("are to be trained")
     destination = job.destination
     with distributed.failing_together(ConfigError):
-        starts = distributed.is_main() and not resuming
-        if starts and destination is not None and destination.exists() and not args.fresh:
-            raise ConfigError(
-                f"dst_ckpt {destination} exists already: move it away, test it with mamba-pkd evaluate, or have it "
-                "moved with --fresh"
-            )
-        estimates = check(job, device, amp, args.on_nonfinite == "skip")
+        if distributed.is_main() and resuming:
+            run.require_same_inputs(describe_inputs(job))
+            if destination is not None:
+                require_own(destination, run)
+        estimates = check(job, device, amp, args.sync_bn, args.on_nonfinite == "skip")
         require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:
+                if not resuming:
+                    require_free(destination, run, args.fresh)
                 make_folder(destination.parent)
-            if starts:
+            if not resuming:
                 with _keeping(run):
                     _begin(args, job, run, flags, stack)
     decay = args.model_ema_decay if args.model_ema else None
@@ -144,8 +146,8 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             _report(args, run, device, rows)
 
 
-def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> tuple[bool, bool]:
-    """Whether the run in the folder, which is locked if there is one, is to go on, and whether it is finished."""
+def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> bool:
+    """Whether the run in the folder, which is locked if there is one, is to go on."""
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"--output {run.path} is a file: name a folder")
     if run.begun:
@@ -155,7 +157,16 @@ def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stac
         if not run.config.exists() or not run.record.exists():
             raise ConfigError(f"{run.path} holds a run that cannot be resumed: choose another --output, or --fresh")
         run.require_same(args.config, flags, "go on with the same, choose another --output, or start anew with --fresh")
-    return resuming, resuming and run.finished
+        run.require_folders()
+    return resuming
+
+
+def _table(run: RunFolder) -> str:
+    """Of a finished run."""
+    try:
+        return to_text(read_csv(run.path / "results.csv"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{error}; without that file the same command measures the run again") from error
 
 
 @contextmanager
@@ -174,11 +185,12 @@ def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, 
         stack.enter_context(run.locked())
         if run.begun:
             raise ConfigError(f"another run has just started in {run.path}: choose another --output")
+    expanded, inputs = _expanded(args, job), describe_inputs(job)  # the config may be one of the files to move
     if args.fresh:
-        old = run.move_away(*([] if job.destination is None else [job.destination]))
+        old = run.move_away(*(path for path in [job.destination] if path is not None and is_own(path, run)))
         if old is not None:
             logger.info("Moved the run before to %s", old)
-    run.create(args.config, _expanded(args, job), flags)
+    run.create(job.source.text, expanded, flags, inputs)
 
 
 def _expanded(args: argparse.Namespace, job: Job) -> str | None:

@@ -142,6 +142,19 @@ def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
     return [train_config.get(f"stage{n}", {}) for n in range(1, 1 + count)]
 
 
+def stage_weights(train_config: dict[str, Any]) -> Iterator[tuple[Keys, Path]]:
+    """The files that the stages of a ``train`` section load as ``src_ckpt``, and the keys that lead there."""
+    for number, stage in enumerate(stages(train_config), start=1):
+        for role in ("teacher", "student", "model"):
+            if path := local_file((stage.get(role) or {}).get("src_ckpt")):
+                yield ("train", f"stage{number}", role, "src_ckpt"), path
+
+
+def local_file(name: Any) -> Path | None:
+    """The path that ``src_ckpt`` names; None for a URL, and where there is none."""
+    return None if not name or str(name).startswith(("http://", "https://")) else Path(name).expanduser()
+
+
 def load_dependencies(config: dict[str, Any]) -> None:
     """Import what the config names under ``dependencies``."""
     try:

@@ -1,6 +1,7 @@
-"""What a run is made with: versions, git state, hardware, command."""
+"""What a run is made with: data and weights, versions, git state, hardware, command."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -12,10 +13,29 @@ from typing import Any
 
 import torch
 
+from timm_mamba_pkd.models.state_dict import fingerprint
 from timm_mamba_pkd.ops import BACKENDS, resolve
+from timm_mamba_pkd.runner.config import Job, stage_weights
+from timm_mamba_pkd.runner.streams import ReadableStream
+from timm_mamba_pkd.runner.unreadable import Readable
 
 PACKAGES = ("timm_mamba_pkd", "torch", "torchvision", "timm", "torchdistill", "numpy", "mamba-ssm", "triton")
 GIT_SECONDS = 10
+
+
+def describe_inputs(job: Job) -> dict[str, int | str]:
+    """What ``job`` learns from besides its config: lengths of data sets, SHA-256 of weights."""
+    found: dict[str, int | str] = {}
+    for name, dataset in job.datasets.items():
+        if isinstance(dataset, Readable | ReadableStream):
+            length = len(dataset) if isinstance(dataset, Readable) else dataset.num_samples
+            found[f"samples in data set '{name}'"] = length
+    if job.teacher is not None:
+        found["weights of the teacher"] = fingerprint(job.teacher)
+    for keys, path in stage_weights(job.config["train"]):
+        if path.is_file():
+            found[f"weights in {'.'.join(keys)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def describe_start(device: torch.device, checkpoint: str | None, safe: bool) -> dict[str, Any]:

@@ -66,9 +66,22 @@ class RunFolder:
 
     @property
     def abandoned(self) -> bool:
-        """Whether a run was killed here before it had even begun to train."""
-        later = [path for path in self._written() if path not in (self.config, self.record, self.expanded)]
-        return not (self.config.exists() and self.record.exists()) and not any(path.exists() for path in later)
+        """Whether a run was killed here before its config, the last file of `create`, was there."""
+        others = [path for path in self._written() if path not in (self.record, self.expanded)]
+        if any(path.exists() for path in others) or not self.record.exists():
+            return False
+        try:
+            return self._read_record()["starts"] == []
+        except ConfigError:  # a file of the user's
+            return False
+
+    @property
+    def destination_digests(self) -> list[str]:
+        """SHA-256 of what the run here has written, or was about to write, to the ``dst_ckpt`` of its config."""
+        try:
+            return self._read_record().get("dst_ckpt", [])
+        except ConfigError:
+            return []
 
     def _written(self) -> Sequence[Path]:
         weights = self.weights("").parent
@@ -94,12 +107,14 @@ class RunFolder:
         finally:
             lock.release()
 
-    def create(self, config_path: str | Path, expanded: str | None, flags: Mapping[str, Any]) -> None:
-        """Start a run here, with a copy of its config, what a schedule in it stands for, and its flags."""
-        self._write_record({"flags": dict(flags), "starts": []})
+    def create(
+        self, config: str, expanded: str | None, flags: Mapping[str, Any], inputs: Mapping[str, int | str]
+    ) -> None:
+        """Start a run here: the text of its config, what a schedule in it stands for, flags, and `describe_inputs`."""
+        self._write_record({"flags": dict(flags), "inputs": dict(inputs), "starts": []})
         if expanded is not None:
             write_file(self.expanded, expanded.encode())
-        write_file(self.config, Path(config_path).expanduser().read_bytes())
+        write_file(self.config, config.encode())
 
     def note_start(self, start: Mapping[str, Any]) -> None:
         """Add a start of the run to its record."""
@@ -110,10 +125,17 @@ class RunFolder:
         """The starts of the run, as `note_start` took them down."""
         return self._read_record()["starts"]
 
+    def note_destination(self, digest: str) -> None:
+        """Add what is about to be written to ``dst_ckpt`` to the record."""
+        written = self.destination_digests
+        if digest not in written:
+            self._write_record({**self._read_record(), "dst_ckpt": [*written, digest]})
+
     def _read_record(self) -> dict[str, Any]:
         try:
             record = json.loads(self.record.read_text())
-            if isinstance(record["flags"], dict) and isinstance(record["starts"], list):
+            maps, lists = (record["flags"], record.get("inputs", {})), (record["starts"], record.get("dst_ckpt", []))
+            if all(isinstance(part, dict) for part in maps) and all(isinstance(part, list) for part in lists):
                 return record
         except (ValueError, TypeError, KeyError, OSError):
             pass
@@ -140,6 +162,24 @@ class RunFolder:
             then, now = _typed(flag, begun.get(flag)), _typed(flag, value)
             if then != now:
                 raise ConfigError(f"the run in {self.path} began {then}, not {now}: {advice}")
+
+    def require_same_inputs(self, inputs: Mapping[str, int | str]) -> None:
+        """Raise a ConfigError unless the run here was started with these `describe_inputs`."""
+        begun = self._read_record().get("inputs", {})
+        for name, now in inputs.items():
+            then = begun.get(name, now)
+            if then != now:
+                what = f"{then} {name}, not with {now}" if isinstance(now, int) else f"other {name}"
+                raise ConfigError(
+                    f"the run in {self.path} began with {what}: put back what it began with, choose another --output, "
+                    "or start anew with --fresh"
+                )
+
+    def require_folders(self) -> None:
+        """Raise a ConfigError if there is something else in the place of a folder of the run."""
+        for folder in (self.checkpoints, self.weights("").parent):
+            if folder.exists() and not folder.is_dir():
+                raise _damaged(folder)
 
     def move_away(self, *others: Path) -> Path | None:
         """Move all that a run has written here, and ``others``, into a new folder old-1, old-2, ...; returns it."""

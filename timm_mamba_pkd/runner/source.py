@@ -37,7 +37,7 @@ class Source:
         """
         path = Path(path).expanduser()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()
             root: Any = yaml.compose(text, Loader=yaml.FullLoader)
         except OSError as error:
             raise ConfigError(f"config {path} cannot be read: {error.strerror or error}") from error

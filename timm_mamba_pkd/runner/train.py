@@ -14,7 +14,7 @@ from torch import nn
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import StageWrapper, finish_stage
 from timm_mamba_pkd.layers.sync_batch_norm import synchronize_batch_norms
-from timm_mamba_pkd.models import MambaPKDEnsemble, save_checkpoint, save_weights
+from timm_mamba_pkd.models import MambaPKDEnsemble, save_weights
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.runner import interrupts
 from timm_mamba_pkd.runner.average import WeightAverage, in_training
@@ -24,6 +24,7 @@ from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
 from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.destination import save_destination
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
@@ -79,14 +80,13 @@ class Trainer:
     It goes on from where it had stopped.
 
     Each epoch adds a line to metrics.jsonl and to ``tracker``, and rewrites the weights; the end of a progressive
-    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end, in
-    torchdistill's format unless it is named .safetensors.
+    stage leaves that stage's student under its own name. ``dst_ckpt`` of the config is written at the end.
 
     Several processes take their shares of every batch; rank 0 alone writes.
 
     Raises:
         ConfigError: a loss reads what no hook records, a label is none of the model's classes, no checkpoint can be
-            written, or all are damaged.
+            written, or all are damaged; ``dst_ckpt`` is there by now, and not of this run.
         FloatingPointError: the loss, or what is to be saved, is not finite.
         Interrupted: a signal came; what was trained is saved.
         ProcessEnded: another process of the run has ended.
@@ -146,9 +146,9 @@ class Trainer:
             self._finish_epoch(stage)
             progress.begin_epoch(progress.epoch + 1)
         box.clean_modules()
-        if self.job.destination is not None and distributed.is_main():
-            save = save_weights if self.job.destination.suffix == ".safetensors" else save_checkpoint
-            save(self.job.student, self.job.destination)
+        with distributed.failing_together(ConfigError):
+            if self.job.destination is not None and distributed.is_main():
+                save_destination(self.job.student, self.job.destination, self.run)
         logger.info("Trained %d epochs in %.0f s", box.num_epochs, time.perf_counter() - started)
 
     def _train_epoch(self) -> None:
@@ -189,7 +189,8 @@ class Trainer:
         left = reporting(self.job.datasets, batches.epoch(progress.samples, after, self._replays))
         title = f"epoch {progress.epoch + 1}/{box.num_epochs}"
         for (images, targets, supp_dict), indices in with_progress(left, title, total, progress.steps):
-            loss = self._step(images, targets, supp_dict, indices)
+            with distributed.only_first(batches.present):
+                loss = self._step(images, targets, supp_dict, indices)
             progress.samples = batches.done
             progress.steps += 1
             progress.seconds = before + time.perf_counter() - started
@@ -210,7 +211,10 @@ class Trainer:
         return time_left(self.estimates, stage, steps, progress.seconds / progress.steps)
 
     def _step(self, images: Any, targets: Any, supp_dict: Any, indices: list[int] | None) -> float:
-        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes."""
+        """Forward, loss, backward, and the optimizer's step; returns the loss, the mean over all processes.
+
+        Loss and gradient are those of all processes' samples together, however many each has.
+        """
         job, box = self.job, self.box
         if not targets.is_floating_point() and targets.max() >= job.num_classes:
             raise ConfigError(
@@ -226,14 +230,15 @@ class Trainer:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError("criterion has no sub_terms: there is nothing to learn")
         value = loss.item()
-        total, count = self._agree(value * len(targets), len(targets))
+        own = len(targets) if distributed.is_present() else 0
+        total, count = self._agree(value * own, own)
         if not math.isfinite(total):
             self._meet_nonfinite(value, indices)
             put_back(buffers)  # the forward pass has put the batch into batch norms' statistics
             return total
         self.progress.total_loss += total
         self.progress.counted += count
-        self.step(box, loss)
+        self.step(box, loss if distributed.world() == 1 else loss * (distributed.world() * own / count))
         if self.average is not None and box.stage_grad_count % box.grad_accum_step == 0:
             self.average.update()
         return total / count
