@@ -85,9 +85,9 @@ def test_images_of_another_layout(written):
 def test_mean(written, tmp_path):
     ensemble, folder = written[0], shutil.copytree(written[1], tmp_path / "copy")
     document = json.loads((folder / "cascade.json").read_text())
-    (folder / "cascade.json").write_text(json.dumps(document | {"weights": None}))
     mean = copy.deepcopy(ensemble)
     mean.set_combination("mean")
+    (folder / "cascade.json").write_text(json.dumps(document | {"weights": None, "step_macs": mean.step_macs(SIZE)}))
     _assert_predicts_the_same(mean, OnnxCascade(folder), images(20), Confidence([0.7, 0.7]))
 
 
@@ -103,7 +103,8 @@ def test_bad_images_and_policies(written):
     cascade.policy = None
     with pytest.raises(ValueError, match="there is no policy: fit one by mamba-pkd calibrate, or give one"):
         cascade.predict(images(2))
-    for x in (torch.zeros(1, 1, 8, 8), torch.zeros(1, *SIZE, dtype=torch.float64)):
+    of_shape = torch.zeros(1, *SIZE)
+    for x in (torch.zeros(1, 1, 8, 8), of_shape.double(), of_shape.byte(), of_shape.to("meta")):
         with pytest.raises(ValueError, match=r"the graphs take images \(B, 1, 8, 9\), float32 on the CPU, got"):
             cascade.predict(x)
     for x in (torch.zeros(0, *SIZE), torch.zeros(SIZE), None):

@@ -170,6 +170,10 @@ class OnnxCascade:
         """Positions (from 0) of the students."""
         return list(range(self.num_students))
 
+    def parts(self) -> list[Any]:
+        """The sessions, see `known`."""
+        return self._sessions
+
     def steps(self, x: Tensor) -> "_Steps":
         """Begin a pass of images (B, in_chans, H, W) that runs students one by one."""
         return _Steps(self._sessions, x)
@@ -189,7 +193,7 @@ class OnnxCascade:
             ValueError: there is no policy, it cannot serve this cascade or batch, or the images are others.
         """
         check_images(x, self.input_size[0])
-        if x.shape[1:] != self.input_size or x.dtype != torch.float32 or x.is_cuda:
+        if x.shape[1:] != self.input_size or x.dtype != torch.float32 or x.device.type != "cpu":
             size = ", ".join(map(str, self.input_size))
             raise ValueError(
                 f"the graphs take images (B, {size}), float32 on the CPU, got {tuple(x.shape)}, {x.dtype} on {x.device}"
