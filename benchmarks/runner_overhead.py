@@ -103,7 +103,7 @@ def compare(config: Path, run: RunFolder) -> tuple[list[float], list[float], lis
 
     train._validate = timed
     with run.locked(), interrupts.ending_on_signals(), tracking(job, run.path) as tracker:
-        run.create(config, None, {})
+        run.create(job.source.text, None, {}, {})
         trainer = Turns(job, run, CPU, train.Options(), estimates, tracker)
         trainer.train()
     return theirs, ours, after, len(trainer.box.train_data_loader)

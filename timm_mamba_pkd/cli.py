@@ -228,7 +228,10 @@ def modules_of_working_folder(found: bool) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; a user's errors are one line each on stderr and exit code 2, signals 128 plus theirs."""
+    """Run the command; a user's errors are one line each on stderr and exit code 2, signals 128 plus theirs.
+
+    A command may return an exit code of its own.
+    """
     args = build_parser().parse_args(argv)
     try:
         with (
@@ -236,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             runner.tensors_only(),
             modules_of_working_folder(not getattr(args, "safe_config", False)),
         ):
-            args.action(args)
+            return args.action(args) or 0
     except (runner.ConfigError, FloatingPointError, WriteError) as error:
         for line in str(error).splitlines():
             print(f"mamba-pkd: error: {line}", file=sys.stderr)
@@ -256,4 +259,3 @@ def main(argv: list[str] | None = None) -> int:
         if is_main():
             print(f"mamba-pkd: ended by {interrupted}{again}", file=sys.stderr)
         return interrupted.exit_code
-    return 0

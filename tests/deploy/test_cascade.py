@@ -1,6 +1,7 @@
 """The cascade in ONNX Runtime: it predicts as the ensemble does, and says in one line what is wrong with its folder."""
 
 import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -85,9 +86,9 @@ def test_images_of_another_layout(written):
 def test_mean(written, tmp_path):
     ensemble, folder = written[0], shutil.copytree(written[1], tmp_path / "copy")
     document = json.loads((folder / "cascade.json").read_text())
-    (folder / "cascade.json").write_text(json.dumps(document | {"weights": None}))
     mean = copy.deepcopy(ensemble)
     mean.set_combination("mean")
+    (folder / "cascade.json").write_text(json.dumps(document | {"weights": None, "step_macs": mean.step_macs(SIZE)}))
     _assert_predicts_the_same(mean, OnnxCascade(folder), images(20), Confidence([0.7, 0.7]))
 
 
@@ -103,7 +104,8 @@ def test_bad_images_and_policies(written):
     cascade.policy = None
     with pytest.raises(ValueError, match="there is no policy: fit one by mamba-pkd calibrate, or give one"):
         cascade.predict(images(2))
-    for x in (torch.zeros(1, 1, 8, 8), torch.zeros(1, *SIZE, dtype=torch.float64)):
+    of_shape = torch.zeros(1, *SIZE)
+    for x in (torch.zeros(1, 1, 8, 8), of_shape.double(), of_shape.byte(), of_shape.to("meta")):
         with pytest.raises(ValueError, match=r"the graphs take images \(B, 1, 8, 9\), float32 on the CPU, got"):
             cascade.predict(x)
     for x in (torch.zeros(0, *SIZE), torch.zeros(SIZE), None):
@@ -127,6 +129,7 @@ BAD_FIELDS = {
     "input_size": ([1, 9], "input_size must be a list of 3 numbers, got [1, 9]"),
     "step_macs": ([1, 2, -3], "step_macs must be a whole number from 1 up, got -3"),
     "weights": ([[1, 0], [0.5, 0.5]], "weights must be finite and (3, 3) or (3, 3, 4), got (2, 2)"),
+    "sha256": (["0"], "sha256 must be a list of 3 digests, got ['0']"),
     "policy": (
         {"measure": "max_prob", "thresholds": [0.5, 1.5], "temperatures": [1, 1, 1]},
         "thresholds must be numbers from 0 to 1, got 1.5",
@@ -146,16 +149,22 @@ def test_wrong_json(field, written, tmp_path):
 def test_policy_of_another_number_of_students(written, tmp_path):
     folder = shutil.copytree(written[1], tmp_path / "copy")
     document = json.loads((folder / "cascade.json").read_text())
-    document["policy"] |= {"thresholds": [0.5], "temperatures": [1, 1]}
-    (folder / "cascade.json").write_text(json.dumps(document))
-    _assert_says(folder, f"{folder}/cascade.json is damaged: the thresholds are for the first 2 students")
+    for count in (2, 4):
+        document["policy"] |= {"thresholds": [0.5] * (count - 1), "temperatures": [1] * count}
+        (folder / "cascade.json").write_text(json.dumps(document))
+        _assert_says(folder, f"{folder}/cascade.json is damaged: the policy is for {count} students, not 3")
 
 
 def test_damaged_folder(written, tmp_path):
     _assert_says(tmp_path / "nowhere", f"{tmp_path}/nowhere holds no cascade: there is no cascade.json in it")
     folder = shutil.copytree(written[1], tmp_path / "copy")
     text = (folder / "cascade.json").read_text()
-    for content, message in ((text[:50], ""), ("[]", "it must hold num_students, "), ("{}", "it must hold num_st")):
+    for content, message in (
+        (text[:50], ""),
+        ("[]", "it must hold num_students, "),
+        ("{}", "it must hold num_st"),
+        ("[" * 100000, ""),
+    ):
         (folder / "cascade.json").write_text(content)
         _assert_says(folder, f"{folder}/cascade.json is damaged: {message}")
     (folder / "cascade.json").write_bytes(b"\xff\xfe")
@@ -163,17 +172,15 @@ def test_damaged_folder(written, tmp_path):
     (folder / "cascade.json").write_text(text)
     whole = {k: (folder / f"student_{k}.onnx").read_bytes() for k in (1, 2, 3)}
     second = folder / "student_2.onnx"
-    for file, content, message in (
-        (second, whole[2][:1000], f"{second} is damaged: "),
-        (
-            folder / "student_1.onnx",
-            whole[3],
-            f"{second} is of another cascade: no student before it has student_1_stage",
-        ),
-    ):
-        file.write_bytes(content)
-        _assert_says(folder, message)
-        file.write_bytes(whole[int(file.stem[-1])])
+    for content in (whole[2][:1000], whole[1], whole[3]):
+        second.write_bytes(content)
+        _assert_says(folder, f"{second} is damaged or of another cascade: its SHA-256 is not the one in cascade.json")
+    document = json.loads(text)
+    document["sha256"][1] = hashlib.sha256(b"").hexdigest()
+    second.write_bytes(b"")
+    (folder / "cascade.json").write_text(json.dumps(document))
+    _assert_says(folder, f"{second} cannot be opened: ")
+    second.write_bytes(whole[2])
     document = json.loads(text) | {"num_classes": 5, "weights": None}
     (folder / "cascade.json").write_text(json.dumps(document))
     _assert_says(

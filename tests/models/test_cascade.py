@@ -157,6 +157,34 @@ def test_step_macs_are_those_of_the_ensemble(reuse):
         assert sum(model.step_macs((1, 13, 9))) == count_macs(model, (1, 13, 9)) > sum(macs)
 
 
+def test_step_macs_follow_what_changes_the_students():
+    """By whoever changes them; a budget is kept after all."""
+    model, x = make(), images(8)
+    macs = model.step_macs(SIZE)
+
+    def whole() -> int:
+        assert model.predict(x, Budget(macs=1e9)).macs == 8 * sum(model.step_macs(SIZE))
+        return sum(model.step_macs(SIZE))
+
+    model.reset_classifier(500, "catavgmax")
+    assert whole() == count_macs(model, SIZE) > sum(macs)
+    with pytest.raises(ValueError, match="does not suffice for the first student"):
+        model.predict(x, Budget(macs=8 * macs[0]))
+    for student in model.students:
+        student.reset_classifier(5, "avg")
+    model.set_combination("mean")
+    assert whole() == sum(macs)
+    model.students[2] = timm.create_model("mamba_pkd_s2", num_classes=5, in_chans=1).eval()
+    assert whole() == count_macs(model, SIZE) > sum(macs)
+    model.students[3].stages[2].blocks[0] = nn.Identity()
+    assert whole() == count_macs(model, SIZE)
+    model.reset_classifier(5)
+    model.connect(1, 1)
+    macs = model.step_macs(SIZE)
+    model.set_combination("per_class")
+    assert whole() == count_macs(model, SIZE) > sum(macs)
+
+
 def test_active_students_alone_are_used():
     model, x = make(), images(20)
     model.set_active([1, 3])
@@ -224,9 +252,45 @@ def test_budget_of_milliseconds(monkeypatch):
         ValueError, match=r"5 ms does not suffice for the first student, which takes 12 ms for 5 images"
     ):
         model.predict(x, Budget(milliseconds=5))
-    for others in (images(7), images(5, (1, 9, 10)), x.double()):
+    for others in (images(7), images(5, (1, 9, 10))):
         with pytest.raises(ValueError, match="have not been timed on"):
             model.predict(others, Budget(milliseconds=1000))
+
+
+def test_times_are_of_what_was_timed(monkeypatch):
+    """Not of another classifier, of compiled students, of more threads, or of another precision."""
+    monkeypatch.setattr("timm_mamba_pkd.models.policies._slowest_steps", lambda cascade, x: [0.001] * COUNT)
+    model, x, budget = make(), images(1), Budget(milliseconds=1e6)
+
+    def require_others() -> None:
+        with pytest.raises(ValueError, match="have not been timed on 1 images"):
+            model.predict(x, budget)
+        Budget.measure(model, x)
+        model.predict(x, budget)
+
+    require_others()
+    model.reset_classifier(5)
+    require_others()
+    model.students[1].compile(backend="eager")
+    require_others()
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    require_others()
+    with torch.autocast("cpu", torch.bfloat16):
+        require_others()
+    model.predict(x, budget)
+
+
+def test_a_policy_for_more_students_than_the_first_ones_that_are_active():
+    model, x = make(), images(64)
+    policy = Confidence([0.4, 0.2, 0.25], [0.5, 1.0, 2.0, 1.0], "margin")
+    for k in (1, 3):
+        model.set_active(k)
+        found, wanted = model.predict(x, policy), model.predict(x, policy.first(k))
+        assert found.students.tolist() == wanted.students.tolist() and torch.equal(found.logits, wanted.logits)
+        assert found.students.max() == k
+    model.set_active([0, 2])
+    with pytest.raises(ValueError, match="thresholds are for the first 4 students, and 1, 3 are active"):
+        model.predict(x, policy)
 
 
 def test_an_image_of_nan_goes_on():
@@ -300,16 +364,40 @@ def test_on_a_gpu():
         (Agreement(), images(2)[0], r"got \(1, 9, 9\)"),
         (Agreement(), images(2, (3, 9, 9)), r"got \(2, 3, 9, 9\)"),
         (Agreement(), "image.png", "got str"),
+        (Agreement(), images(2, (1, 9, 7)), r"at least 8 pixels high and wide, got \(2, 1, 9, 7\)"),
+        (Agreement(), images(2).byte(), "images must be torch.float32 on cpu, got torch.uint8 on cpu"),
+        (Agreement(), images(2).double(), "got torch.float64 on cpu"),
+        (Agreement(), images(2).bfloat16(), "got torch.bfloat16 on cpu"),
+        (Agreement(), images(2).to("meta"), "got torch.float32 on meta"),
         (Depth, images(2), "policy must be a Confidence, Agreement, Budget or Depth, got <class"),
         ("confidence", images(2), "policy must be .*Confidence.*, got 'confidence'"),
     ],
 )
 def test_bad_input(policy: Policy | None, x, message):
+    """Also of `anytime`, if it is the images."""
     model = make()
     for student in model.students:
         student.register_forward_pre_hook(lambda module, args: pytest.fail("computed"))
     with pytest.raises(ValueError, match=message):
         model.predict(x, policy)
+    if isinstance(policy, Agreement):
+        with pytest.raises(ValueError, match=message):
+            model.anytime(x)
+
+
+def test_images_that_autocast_does_not_cast():
+    model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.predict(images(2).bfloat16(), Agreement()).logits.isfinite().all()
+        for x in (images(2).byte(), images(2).double(), images(2).half()):
+            with pytest.raises(ValueError, match=r"must be torch.float32 or torch.bfloat16 on cpu, got "):
+                model.predict(x, Agreement())
+
+
+def test_a_model_without_values():
+    for x in (images(2), images(2).to("meta")):
+        with pytest.raises(ValueError, match="the model is on the meta device: load weights before"):
+            make().to("meta").predict(x, Agreement())
 
 
 def test_training_mode_is_refused():

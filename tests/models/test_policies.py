@@ -188,6 +188,11 @@ def test_policies_survive_a_copy_and_torch_save():
     assert same(torch.load(buffer, weights_only=False))
 
 
+def test_numbers_in_a_tensor():
+    policy = Confidence(torch.tensor([0.25, 1]), torch.tensor([1, 2, 3]))
+    assert (policy.thresholds, policy.temperatures) == ((0.25, 1), (1, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("make_policy", "message"),
     [
@@ -195,6 +200,13 @@ def test_policies_survive_a_copy_and_torch_save():
         (lambda: Confidence([0.5, math.nan]), "got nan"),
         (lambda: Confidence([0.5, "0.5"]), "got '0.5'"),  # pyright: ignore[reportArgumentType]
         (lambda: Confidence(0.5), "thresholds must be a list of numbers, got 0.5"),  # pyright: ignore
+        (lambda: Confidence({0.5, 0.6}), "thresholds must be a list of numbers, got {0.5, 0.6}"),  # pyright: ignore
+        (lambda: Confidence({0.5: 1}), "thresholds must be a list of numbers, got {0.5: 1}"),  # pyright: ignore
+        (lambda: Confidence(x for x in [0.5]), "thresholds must be a list of numbers, got <gen"),  # pyright: ignore
+        (lambda: Confidence(b"\0"), "thresholds must be a list of numbers, got b"),
+        (lambda: Confidence(torch.tensor([[0.5]])), "thresholds must be a list of numbers, got tensor"),
+        (lambda: Confidence(torch.tensor([True])), "thresholds must be numbers from 0 to 1, got True"),
+        (lambda: Confidence(torch.tensor([1j])), "thresholds must be numbers from 0 to 1, got 1j"),
         (lambda: Confidence([0.5], [1.0, math.inf]), "temperatures must be numbers above 0, got inf"),
         (lambda: Confidence([0.5], [1.0]), "1 thresholds are for 2 students, but there are 1 temperatures"),
         (lambda: Confidence([0.5], measure="energy"), "measure must be max_prob, margin or entropy, got 'energy'"),

@@ -43,7 +43,7 @@ def put(name: str, value: Any, event: str = "input") -> list[str]:
 
 def write(table: Any, constraints: Constraints, path: Path, **names: str) -> dict[str, Any]:
     how = {candidate.name: f"run {candidate.name}" for candidate in table.candidates}
-    document = describe_selection(table, constraints, how, {"samples_of": "random numbers"})
+    document = describe_selection(table, constraints, how, {"samples_of": "random numbers", "notes": [MARK]})
     for candidate in document["candidates"]:
         candidate["name"] = names.get(candidate["name"], candidate["name"])
     path.write_text(selection_to_html(document), encoding="utf-8")
@@ -89,6 +89,7 @@ def test_what_a_user_does(tmp_path, random_table, dark):
         "load": ["load", str(tmp_path / "page.html")],
         "scheme": ["js", "matchMedia('(prefers-color-scheme: dark)').matches"],
         "background": ["js", "getComputedStyle(document.body).backgroundColor"],
+        "about": ["js", "document.getElementById('about').textContent"],
         "markup": ["js", "document.querySelectorAll('img, b').length"],
         "front": ["js", FRONT],
         "points": ["js", POINTS],
@@ -121,7 +122,7 @@ def test_what_a_user_does(tmp_path, random_table, dark):
     flags = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     found = dict(zip(steps, browse(tmp_path, list(steps.values()), flags), strict=True))
     assert found["scheme"] == dark and found["background"] == ("rgb(22, 23, 26)" if dark else "rgb(255, 255, 255)")
-    assert found["markup"] == 0
+    assert found["markup"] == 0 and found["about"].endswith(MARK)
     assert (
         found["front"] == found["unlimited"] == found["cleared"] == front and MARK in found["front"] + found["within"]
     )

@@ -39,11 +39,12 @@ POOL = [
 def document(**limits: float) -> dict:
     table = Table(POOL, torch.zeros(1000, dtype=torch.int64))
     how = {candidate.name: f"run {candidate.name}\nnow" for candidate in POOL}
-    return describe_selection(table, Constraints(**limits), how, {"samples_of": "digits/val"})
+    return describe_selection(table, Constraints(**limits), how, {"samples_of": "digits/val", "notes": ["a note"]})
 
 
 TEXT = """\
 5 candidates on 1000 samples of digits/val
+a note
 
 To choose from, the cheapest first:
 model       kind      top-1 (%)   95 % interval  MMACs  params (M)  memory (MiB)  ms/image

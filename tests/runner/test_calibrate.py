@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -317,15 +319,25 @@ def test_once_more(trained, calibrate, caplog):
 
 
 def test_a_calibration_that_ends_early(trained, calibrate, monkeypatch):
-    """No report is left beside a policy that it is not of."""
+    """Policy and report are those of before; a signal while they are saved waits for both."""
     assert calibrate(trained) == 0
-    policy = repr(loaded().policy)
+    before = contents()
     with monkeypatch.context() as patch:
-        patch.setattr("timm_mamba_pkd.runner.calibrate._compare", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            calibrate(trained, "--min-accuracy", "0")
-    assert repr(loaded().policy) != policy
-    assert [path.name for path in Path("run/calibration").iterdir()] == ["old-1"]
+        patch.setattr("timm_mamba_pkd.runner.calibrate._in_turns", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        assert calibrate(trained, "--min-accuracy", "0") == 143
+    assert contents() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_mamba_pkd.runner.calibrate.save_weights", saved_while_interrupted)
+        assert calibrate(trained, "--min-accuracy", "0") == 143
+    policy = loaded().policy
+    assert policy is not None and document()["policy"]["thresholds"] == list(policy.thresholds) == [0]
+    found = {str(path.relative_to("run/calibration")) for path in Path("run/calibration").rglob("*") if path.is_file()}
+    assert found == FILES | {f"old-1/{name}" for name in FILES}
+
+
+def saved_while_interrupted(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    save_weights(*args)
 
 
 @pytest.mark.parametrize("progressively", [True, False])

@@ -15,7 +15,7 @@ from torchdistill.common.yaml_util import load_yaml_file
 from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.deploy import FORMATS
 from timm_mamba_pkd.distillation import build_model
-from timm_mamba_pkd.models import load_weights
+from timm_mamba_pkd.models import load_weights, save_weights
 from timm_mamba_pkd.runner.config import prepare
 
 
@@ -87,15 +87,23 @@ def test_a_run(taught, capsys):
 def test_named_models_beside_a_run(taught, capsys, build):
     """By checkpoint and from a folder, on the run's samples; what the first command says, runs."""
     model = build.weights(Path("three.safetensors"), "mamba_pkd_s1", img_size=8)
+    torch.nn.init.normal_(model.head.fc.weight, std=9)  # of all classes, unlike the run's
+    save_weights(model, Path("three.safetensors"))
     words = ["--num-classes", "3", "--in-chans", "1", "--img-size", "8"]
     named = ["export", "mamba_pkd_s1", "--checkpoint", "three.safetensors", *words]
     assert main([*named, "--format", "hf", "--output", "hub"]) == 0
     capsys.readouterr()
-    assert select(taught, "--models", "mamba_pkd_s1=three.safetensors", "local-dir:hub/mamba_pkd_s1") == 0
-    _, found = answer(taught / "select")
-    one, other = found["mamba_pkd_s1 #2"], found["local-dir:hub/mamba_pkd_s1"]
-    assert one["kind"] == "model" and one["accuracy"] == other["accuracy"]
-    assert {one["status"], other["status"]} & {"redundant", "dominated"}
+    named = ["mamba_pkd_s1=three.safetensors", "local-dir:hub/mamba_pkd_s1"]
+    for words, name in ((named, "mamba_pkd_s1 #2"), (named[::-1], "local-dir:hub/mamba_pkd_s1")):
+        assert select(taught, "--models", *words, "--output", name) == 0
+        document, found = answer(Path(name))
+        (other,) = {"mamba_pkd_s1 #2", "local-dir:hub/mamba_pkd_s1"} - {name}
+        (note,) = document["notes"]
+        assert note == f"{other} is left out: its predictions, MACs and parameters are those of {name}."
+        assert capsys.readouterr().out.count(note) == 1
+        assert found[name]["kind"] == "model" and other not in found
+    one, other = (answer(Path(name))[1][name] for name in ("mamba_pkd_s1 #2", "local-dir:hub/mamba_pkd_s1"))
+    assert one["accuracy"] == other["accuracy"]
     assert other["how"] == "mamba-pkd export local-dir:hub/mamba_pkd_s1 --img-size 8 --format pt2"
     assert main([*shlex.split(one["how"])[1:-1], "hf"]) == 0
     x = torch.randn(3, 1, 8, 8)
@@ -145,7 +153,9 @@ def test_a_run_on_images(taught, images, build):
     pool = [taught, "--models", "mamba_pkd_s1=three.safetensors", "--data-root", folder, "-j", "0"]
     assert select(*pool, "--output", "out") == 0
     document, found = answer(Path("out"))
-    assert document["samples"] == 12 and document["samples_of"] == f"{folder} (validation)" and len(found) == 5
+    assert document["samples"] == 12 and document["samples_of"] == f"{folder} (validation)"
+    assert set(found) == {"test_resnet", "mamba_pkd_s1", "mamba_pkd_s2", "ensemble_2"}  # what says the same is one
+    assert document["notes"][0].startswith("mamba_pkd_s1 #2 is left out: ")
 
 
 def test_two_runs(progressive, plain, run, build, capsys, tmp_path, monkeypatch):
@@ -166,7 +176,7 @@ def test_two_runs(progressive, plain, run, build, capsys, tmp_path, monkeypatch)
 
 
 def test_nothing_fits(taught, capsys):
-    assert select(taught, "--max-macs", "0.001", "--min-accuracy", "0", "--safe-config") == 0
+    assert select(taught, "--max-macs", "0.001", "--min-accuracy", "0", "--safe-config") == 1
     out = capsys.readouterr().out
     assert "Nothing keeps the constraints. The nearest miss:" in out
     assert re.search(r"mamba_pkd_s1.*  \d+ % above --max-macs 0.001\n", out)
@@ -210,8 +220,8 @@ def test_an_ensemble_by_its_weights(taught, capsys, errors):
     sizes = ["--num-classes", "3", "--in-chans", "1", "--img-size", "8"]
     assert main([*shlex.split(command)[1:], *sizes, "--output", "hub"]) == 0
     assert select(taught, "--models", "local-dir:hub/mamba_pkd_ensemble_2") == 0
-    _, found = answer(taught / "select")
-    assert found["local-dir:hub/mamba_pkd_ensemble_2"]["accuracy"] == found["ensemble_2"]["accuracy"]
+    (note,) = answer(taught / "select")[0]["notes"]
+    assert note.endswith("ensemble_2 is left out: its predictions, MACs and parameters are those of ensemble_2.")
 
 
 PROPOSE = """
@@ -285,11 +295,12 @@ def test_propose(taught, capsys, monkeypatch):
     capsys.readouterr()
     for name, message in {
         "my_proposals:wrong": "must return a dictionary of new names and torch modules",
-        "my_proposals:fails": "--propose my_proposals:fails: 'x' is missing or unknown",
+        "my_proposals:fails": "--propose my_proposals:fails raised KeyError: 'x'",
         "my_proposals:number": "is no function",
         "my_proposals:later": "later cannot be measured on cpu: too many images",
         "my_proposals:one": "one must return logits (8, classes) for 8 images, got (1, 3)",
         "my_proposals:absent": "must be MODULE:FUNCTION of a module that can be imported",
+        "my_proposals": "--propose my_proposals must be MODULE:FUNCTION",
         "no_such_module:f": "must be MODULE:FUNCTION of a module that can be imported",
     }.items():
         assert select(taught, "--propose", name, "--output", "new") == 2

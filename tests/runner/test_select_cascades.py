@@ -50,7 +50,7 @@ def looked_up(ensemble: Any, x: torch.Tensor, leaves: Callable[[torch.Tensor, in
     return classes, sum(macs[k - 1] for k in used.tolist()) / len(x)
 
 
-def test_a_fitted_cascade(taught, capsys):
+def test_a_fitted_cascade(taught, images, capsys):
     """By the policy that the run's weights bring along; the command that runs it, runs."""
     job = prepare(taught / "config.yaml", torch.device("cpu"))
     ensemble: Any = job.student.eval()
@@ -64,8 +64,10 @@ def test_a_fitted_cascade(taught, capsys):
     save_weights(ensemble, taught / "weights" / "ensemble.safetensors")
     classes, macs = looked_up(ensemble, x, lambda logits, k: first > threshold)
     assert select(taught) == 0
-    capsys.readouterr()
-    _, found = answer(taught / "select")
+    document, found = answer(taught / "select")
+    (note,) = document["notes"]
+    assert note == "The thresholds of cascade_confidence were fitted on these samples: on others it may do worse."
+    assert note in capsys.readouterr().out
     cascade = found["cascade_confidence"]
     assert cascade["kind"] == "cascade" and cascade["params"] == found["ensemble_2"]["params"]
     assert cascade["accuracy"] == pytest.approx(100 * (classes == labels).double().mean().item())
@@ -75,6 +77,10 @@ def test_a_fitted_cascade(taught, capsys):
     assert (python, flag) == ("python", "-c")
     exec(code, {})
     assert capsys.readouterr().out.startswith("Prediction(logits=")
+    folder = images("a", "b", "c")
+    assert select(taught, "--data-root", folder, "-j", "0", "--output", "others") == 0
+    document, found = answer(Path("others"))
+    assert "cascade_confidence" in found and not document["notes"]
 
 
 def test_a_cascade_by_agreement():

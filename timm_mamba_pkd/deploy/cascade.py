@@ -1,5 +1,6 @@
 """An ensemble's early exit in ONNX Runtime: a folder with one graph per student, and the cascade around them."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from timm_mamba_pkd.models.combination import combine
 from timm_mamba_pkd.models.policies import predict
 from timm_mamba_pkd.models.reuse import Reuse, stage_features
 
-_FIELDS = ("num_students", "num_classes", "input_size", "step_macs", "weights", "policy")
+_FIELDS = ("num_students", "num_classes", "input_size", "step_macs", "weights", "policy", "sha256")
 
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def write_cascade(ensemble: MambaPKDEnsemble, images: Tensor, folder: Path) -> N
         "step_macs": ensemble.step_macs(input_size),
         "weights": None if ensemble.weights is None else ensemble.weights.tolist(),
         "policy": None if policy is None else {name: getattr(policy, name) for name in _POLICY},
+        "sha256": [_sha256(_graph(folder, i)) for i in range(len(ensemble.students))],
     }
     (folder / "cascade.json").write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
 
@@ -83,6 +85,10 @@ def _graph(folder: Path, position: int) -> Path:
     return folder / f"student_{position + 1}.onnx"
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class OnnxCascade:
     """The students that `write_cascade` wrote, in ONNX Runtime on the CPU, as a `Cascade`.
 
@@ -104,21 +110,15 @@ class OnnxCascade:
             raise ValueError(f"{folder} holds no cascade: there is no cascade.json in it")
         try:
             self._read(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        self._sessions = [self._open(_graph(folder, i)) for i in range(self.num_students)]
-        known = set()
-        for i, session in enumerate(self._sessions):
-            needed = {tensor.name for tensor in session.get_inputs()} - {"input0"}
-            if not needed <= known:
-                raise ValueError(f"{_graph(folder, i)} is of another cascade: no student before it has {min(needed)}")
-            known |= {tensor.name for tensor in session.get_outputs()}
+        self._sessions = [self._open(_graph(folder, i), digest) for i, digest in enumerate(self._digests)]
 
     def _read(self, document: Any) -> None:
         """Take what cascade.json says, or raise a ValueError."""
         if not isinstance(document, dict) or not set(_FIELDS) <= document.keys():
             raise ValueError(f"it must hold {', '.join(_FIELDS)}")
-        self.num_students, self.num_classes, size, macs, weights, policy = (document[name] for name in _FIELDS)
+        self.num_students, self.num_classes, size, macs, weights, policy, digests = (document[name] for name in _FIELDS)
         check_count("num_students", self.num_students, 1)
         check_count("num_classes", self.num_classes, 1)
         for name, numbers, count in (("input_size", size, 3), ("step_macs", macs, self.num_students)):
@@ -126,20 +126,23 @@ class OnnxCascade:
                 raise ValueError(f"{name} must be a list of {count} numbers, got {numbers!r}")
             for number in numbers:
                 check_count(name, number, 1)
-        self.input_size, self._step_macs = tuple(size), macs
+        if not isinstance(digests, list) or len(digests) != self.num_students:
+            raise ValueError(f"sha256 must be a list of {self.num_students} digests, got {digests!r}")
+        self.input_size, self._step_macs, self._digests = tuple(size), macs, digests
         self.weights = None if weights is None else self._weights(weights)
         self.policy = None
         if policy is not None:
             if not isinstance(policy, dict) or not set(_POLICY) <= policy.keys():
                 raise ValueError(f"policy must be null or hold {', '.join(_POLICY)}, got {policy!r}")
             self.policy = Confidence(policy["thresholds"], policy["temperatures"], policy["measure"])
-            self.policy.start(self, torch.empty(0))
+            if len(self.policy.temperatures) != self.num_students:
+                raise ValueError(f"the policy is for {len(self.policy.temperatures)} students, not {self.num_students}")
 
     def _weights(self, weights: Any) -> Tensor:
         square = (self.num_students, self.num_students)
         try:
             found = torch.tensor(weights, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"weights must be null or lists of numbers: {error}") from error
         if found.shape not in (square, (*square, self.num_classes)) or not found.isfinite().all():
             raise ValueError(
@@ -147,15 +150,17 @@ class OnnxCascade:
             )
         return found
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path, digest: str) -> Any:
         if not path.is_file():
             raise ValueError(f"{path} is missing: the cascade is of {self.num_students} students")
+        if _sha256(path) != digest:
+            raise ValueError(f"{path} is damaged or of another cascade: its SHA-256 is not the one in cascade.json")
         try:
             session = open_onnx_session(path, alone=False)
         except ImportError as error:
             raise ImportError(f"OnnxCascade needs onnxruntime ({error}): pip install 'timm_mamba_pkd[onnx]'") from error
         except Exception as error:  # onnxruntime's own, of many classes
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from error
         ends = [
             {end.name: tuple(end.shape[1:]) for end in found} for found in (session.get_inputs(), session.get_outputs())
         ]
@@ -169,6 +174,10 @@ class OnnxCascade:
     def active_positions(self) -> list[int]:
         """Positions (from 0) of the students."""
         return list(range(self.num_students))
+
+    def parts(self) -> list[Any]:
+        """The sessions, see `known`."""
+        return self._sessions
 
     def steps(self, x: Tensor) -> "_Steps":
         """Begin a pass of images (B, in_chans, H, W) that runs students one by one."""
@@ -189,7 +198,7 @@ class OnnxCascade:
             ValueError: there is no policy, it cannot serve this cascade or batch, or the images are others.
         """
         check_images(x, self.input_size[0])
-        if x.shape[1:] != self.input_size or x.dtype != torch.float32 or x.is_cuda:
+        if x.shape[1:] != self.input_size or x.dtype != torch.float32 or x.device.type != "cpu":
             size = ", ".join(map(str, self.input_size))
             raise ValueError(
                 f"the graphs take images (B, {size}), float32 on the CPU, got {tuple(x.shape)}, {x.dtype} on {x.device}"

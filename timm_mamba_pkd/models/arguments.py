@@ -26,10 +26,27 @@ def check_img_size(img_size: int | Iterable[int]) -> tuple[int, int]:
 
 
 def check_images(x: Any, in_chans: int) -> None:
-    """Raise a ValueError unless ``x`` is a batch of at least one image with ``in_chans`` channels."""
+    """Raise a ValueError unless ``x`` is a batch of at least one image with ``in_chans`` channels, not too small."""
     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != in_chans or not len(x):
         raise ValueError(f"images must be a tensor (B, {in_chans}, H, W) of at least one image, got {shape}")
+    if min(x.shape[2:]) < 8:
+        raise ValueError(f"images must be at least 8 pixels high and wide, got {shape}")
+
+
+def check_like(x: torch.Tensor, weights: torch.Tensor) -> None:
+    """Raise a ValueError unless images ``x`` have the device of ``weights``, not meta, and a dtype that goes with them.
+
+    That is theirs, or under autocast one that it casts.
+    """
+    if weights.is_meta:
+        raise ValueError("the model is on the meta device: load weights before")
+    dtypes, kind = [weights.dtype], weights.device.type
+    if torch.is_autocast_enabled(kind) and weights.dtype != torch.float64:
+        dtypes = [torch.float32, torch.get_autocast_dtype(kind)]
+    if x.dtype not in dtypes or x.device != weights.device:
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"images must be {wanted} on {weights.device}, got {x.dtype} on {x.device}")
 
 
 def check_count(name: str, count: Any, least: int, most: int | None = None) -> None:

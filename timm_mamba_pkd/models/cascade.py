@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class Steps(Protocol):
 class Cascade(Protocol):
     """Students that can be run one after the other: an ensemble, or the files exported from one."""
 
+    def parts(self) -> list[Any]:
+        """What it consists of: what was counted or timed holds as long as these are equal to what they were."""
+        ...
+
     @property
     def active_positions(self) -> list[int]:
         """Positions of the students, in the order of evaluation."""
@@ -65,6 +70,17 @@ class Cascade(Protocol):
     def combine(self, student_logits: Sequence[Tensor]) -> Tensor:
         """Ensemble logits (k, n, num_classes) after each of k students, from their own."""
         ...
+
+
+_KNOWN: WeakKeyDictionary[Any, tuple[list[Any], dict[Any, Any]]] = WeakKeyDictionary()
+
+
+def known(cascade: Cascade) -> dict[Any, Any]:
+    """What has been found out about a cascade, to look up and add to; it is empty again once the parts are others."""
+    parts = cascade.parts()
+    if cascade not in _KNOWN or _KNOWN[cascade][0] != parts:
+        _KNOWN[cascade] = parts, {}
+    return _KNOWN[cascade][1]
 
 
 class Run:

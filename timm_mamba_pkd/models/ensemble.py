@@ -15,11 +15,12 @@ from timm_mamba_pkd.models.arguments import (
     check_dtype,
     check_images,
     check_img_size,
+    check_like,
     check_names,
     check_rates,
     is_whole,
 )
-from timm_mamba_pkd.models.cascade import Prediction
+from timm_mamba_pkd.models.cascade import Prediction, known
 from timm_mamba_pkd.models.combination import COMBINATIONS, combine, uniform_weights
 from timm_mamba_pkd.models.macs import count_macs
 from timm_mamba_pkd.models.mamba_pkd import STUDENTS, TAGS, MambaPKD, cfg
@@ -111,7 +112,6 @@ class MambaPKDEnsemble(nn.Module):
         self.set_input_size(img_size)
         self.reuse = nn.ModuleDict()
         self.policy = None
-        self._step_macs: dict[Any, list[int]] = {}
         self.training_state: dict[str, Any] = {}
         self.register_buffer("active", torch.ones(len(self.students), dtype=torch.bool, device=device))
         self._positions = list(range(len(self.students)))  # of the active ones: a graph must not look into the buffer
@@ -240,6 +240,8 @@ class MambaPKDEnsemble(nn.Module):
     def first(self, k: int) -> Students:
         """The first ``k`` students as a classifier of its own, which shares their parameters.
 
+        It has no `predict`: for early exit among the first ``k`` use ``set_active(k)``.
+
         Raises:
             ValueError: there are not so many.
         """
@@ -272,20 +274,32 @@ class MambaPKDEnsemble(nn.Module):
         """Begin a pass of images (B, in_chans, H, W) that runs students one by one."""
         return Pass(self.students, self.connections(), x)
 
+    def parts(self) -> list[Any]:
+        """The modules of the students and of what they reuse, and what else changes costs, see `known`."""
+        modules: list[Any] = [self.students, self.reuse]
+        for module in modules:  # which grows; `modules()` takes eight times as long
+            if module._modules:
+                modules += [child for child in module._modules.values() if child is not None]
+        return [*modules, *(student._compiled_call_impl for student in self.students), self.img_size, self.combination]
+
     def step_macs(self, input_size: Sequence[int]) -> list[int]:
-        """Multiply-accumulates that each active student adds to those before it, on an image of ``input_size``."""
-        positions, reuse = self.active_positions, tuple(own and own.num_sources for own in self.connections())
+        """Multiply-accumulates that each active student adds to those before it, on an image of ``input_size``.
+
+        They are counted once, and anew when a module of a student has been replaced, the combination or the image size
+        set.
+        """
+        positions, counts = self.active_positions, known(self)
         channels, height, width = input_size
         size = (channels, height, width)
-        key = size, tuple(positions), reuse
-        if key not in self._step_macs:
-            if any(reuse):
+        key = "macs", size, tuple(positions)
+        if key not in counts:
+            if any(self.connections()):
                 ends = [Students(self, positions[:k]) for k in range(1, len(positions) + 1)]
                 totals = [0, *(count_macs(students, size) for students in ends)]
-                self._step_macs[key] = [after - before for before, after in pairwise(totals)]
+                counts[key] = [after - before for before, after in pairwise(totals)]
             else:
-                self._step_macs[key] = [count_macs(self.students[i], size) for i in positions]
-        return self._step_macs[key]
+                counts[key] = [count_macs(self.students[i], size) for i in positions]
+        return counts[key]
 
     def predict(self, x: Tensor, policy: Policy | None = None) -> Prediction:
         """Predict images (B, in_chans, H, W) in eval mode, each by as few students as a policy lets it use.
@@ -298,21 +312,27 @@ class MambaPKDEnsemble(nn.Module):
             policy: `Confidence`, `Agreement`, `Budget` or `Depth`; None for the ensemble's own.
 
         Raises:
-            ValueError: there is no policy, it cannot serve this ensemble or batch, or the ensemble is in training mode.
+            ValueError: as of `anytime`; there is no policy, it cannot serve this ensemble or batch, or the ensemble is
+                in training mode.
         """
         if self.training:
             raise ValueError("predict needs eval mode: call eval() before")
-        check_images(x, self.in_chans)
+        self._check_images(x)
         return predict(self, x, self.policy if policy is None else policy)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (k, ensemble logits (B, num_classes) after k students) as each active student finishes.
 
         Raises:
-            ValueError: ``x`` are no images (B, in_chans, H, W).
+            ValueError: ``x`` are no images (B, in_chans, H, W), too small, or of another dtype or device than the
+                weights, or these are on the meta device.
         """
-        check_images(x, self.in_chans)
+        self._check_images(x)
         return self._anytime(x)
+
+    def _check_images(self, x: Any) -> None:
+        check_images(x, self.in_chans)
+        check_like(x, next(parameter for parameter in self.students.parameters() if parameter.is_floating_point()))
 
     def _anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         done: list[Tensor] = []

@@ -2,18 +2,17 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from timm_mamba_pkd.models.arguments import check_count
-from timm_mamba_pkd.models.cascade import Cascade, Prediction, Run, padded, run_cascade
+from timm_mamba_pkd.models.cascade import Cascade, Prediction, Run, known, padded, run_cascade
 
 MEASURES = ("max_prob", "margin", "entropy")
 
@@ -112,19 +111,24 @@ class Agreement:
 class Confidence(nn.Module):
     """An image leaves after k students if the confidence of the ensemble after k is above the threshold of k.
 
-    As an ensemble's ``policy`` it is part of the state dict, in full precision whatever the dtype of the weights.
+    As an ensemble's ``policy`` it is part of the state dict, in full precision whatever the dtype of the weights. Of
+    fewer active students, if they are the first ones, the first thresholds and temperatures count.
 
     Args:
-        thresholds: (N - 1), one for each student but the last, from 0 to 1; at 1 nobody leaves.
-        temperatures: (N), of the ensemble after each student; ones if None.
+        thresholds: (N - 1), one for each student but the last, from 0 to 1; at 1 nobody leaves. A sequence or tensor.
+        temperatures: (N), likewise, of the ensemble after each student; ones if None.
         measure: of `confidence`.
 
     Raises:
-        ValueError: a threshold, temperature or measure is out of range, or the number of students another.
+        ValueError: a threshold, temperature or measure is out of range or no number, these are in no order, or the
+            number of students is another.
     """
 
     def __init__(
-        self, thresholds: Sequence[float], temperatures: Sequence[float] | None = None, measure: str = "max_prob"
+        self,
+        thresholds: Sequence[float] | Tensor,
+        temperatures: Sequence[float] | Tensor | None = None,
+        measure: str = "max_prob",
     ) -> None:
         super().__init__()
         self.thresholds = tuple(
@@ -144,7 +148,7 @@ class Confidence(nn.Module):
 
     def start(self, cascade: Cascade, x: Tensor) -> None:
         fitted, active = len(self.temperatures), cascade.active_positions
-        if active != list(range(fitted)):
+        if len(active) > fitted or active != list(range(len(active))):
             names = ", ".join(str(position + 1) for position in active)
             raise ValueError(f"the thresholds are for the first {fitted} students, and {names} are active: fit others")
 
@@ -219,7 +223,10 @@ class Budget:
         """Time the students of an ensemble or `OnnxCascade` on batches of up to B images like ``x``, (B, C, H, W).
 
         Takes about a second for each of the sizes 1, 2, 3, 4, 6, 8, 12, ... up to the first that holds B, at most; once
-        for an ensemble, size and type of images, device and process. Nothing else should run meanwhile.
+        for an ensemble, size and type of images, device, number of threads, autocast and process. Nothing else should
+        run meanwhile. Students whose modules were replaced, or that were compiled, are timed anew. Another memory
+        format, hooks, and modules compiled or changed in place go unnoticed: then time a deepcopy, of which nothing is
+        known yet.
 
         Raises:
             ValueError: as ``predict``.
@@ -260,13 +267,12 @@ class Budget:
         return _least_sure(run.logits[-1], max(fitting, default=0))
 
 
-_TIMES: WeakKeyDictionary[Any, dict[Any, dict[int, list[float]]]] = WeakKeyDictionary()
-
-
 def _times(cascade: Cascade, x: Tensor) -> dict[int, list[float]]:
     """Seconds that each student is taken to need for a batch of images like ``x``, by the size of the batch."""
-    key = x.shape[1:], x.dtype, x.device, tuple(cascade.active_positions)
-    return _TIMES.setdefault(cascade, {}).setdefault(key, {})
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    key = "times", x.shape[1:], x.dtype, x.device, tuple(cascade.active_positions), torch.get_num_threads(), autocast
+    return known(cascade).setdefault(key, {})
 
 
 def _sizes(batch: int) -> list[int]:
@@ -311,7 +317,9 @@ class _Watch:
 
 def _numbers(what: str, values: Any, allowed: Any, words: str) -> list[float]:
     """``values`` as numbers, all of which ``allowed`` allows; else a ValueError."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if getattr(values, "ndim", None) == 1:  # a tensor or an array, of what need not be a Real
+        values = values.tolist()
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
         raise ValueError(f"{what} must be a list of numbers, got {values!r}")
     for value in values:
         if not _is_finite(value) or not allowed(float(value)):

@@ -25,7 +25,7 @@ def describe_selection(
         table: of all candidates.
         constraints: to keep.
         how: for each candidate by name, the command or the YAML that runs it.
-        about: more to record: "samples_of", where the samples are from, is shown.
+        about: more to record: "samples_of", where the samples are from, and "notes", lines of text, are shown.
 
     Returns:
         ``candidates``, the cheapest first, each with its measurements, "status" and "reason"; "pareto" and "same_as"
@@ -88,6 +88,7 @@ def selection_to_text(document: Mapping[str, Any]) -> str:
     """The answer for a terminal: the front, how to run it, and who was dropped and why."""
     candidates = {candidate["name"]: candidate for candidate in document["candidates"]}
     lines = [f"{len(candidates)} candidates on {document['samples']} samples of {document.get('samples_of', 'data')}"]
+    lines += document.get("notes", [])
     shown = [candidates[name] for name in document["front"]]
     lines += ["", "To choose from, the cheapest first:"]
     if not shown:

@@ -32,6 +32,7 @@ from timm_mamba_pkd.runner.config import Job, stages
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate import evaluate
+from timm_mamba_pkd.runner.interrupts import deferring
 from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder, move_to_old
@@ -67,7 +68,7 @@ class Outcome:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
-    """``mamba-pkd calibrate``: fit, save the policy with the run's ensemble, test, report."""
+    """``mamba-pkd calibrate``: fit, test, then save the policy with the run's ensemble, and the report of it."""
     if distributed.launched():
         raise ConfigError("calibrate works in one process: start it without torchrun")
     if args.max_macs is not None and not 0 < args.max_macs < float("inf"):
@@ -110,10 +111,6 @@ def run_calibrate(args: argparse.Namespace) -> None:
         points = trade_off(sure, held_out.together.argmax(-1), held_out.targets, macs)
         point = _choose(args, points)
         ensemble.policy = Confidence([point.threshold] * (len(macs) - 1), temperatures, args.measure)
-        if before is not None:
-            logger.info("The policy takes the place of %s", before)
-        _move_report_away(run)
-        save_weights(ensemble, run.weights("ensemble"))
         tested = _outcome(ensemble, job.test_loader, device, amp, "testing")
         document = {
             "split": {"dataset_id": split, "samples": len(held_out.targets)},
@@ -125,7 +122,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
             **_compare(job, None if args.student_only else job.teacher, held_out, tested, points, device, amp),
             "made_by": describe_start(device, None, args.safe_config),
         }
-        _report(document, run)
+        make_folder(run.calibration)
+        with deferring():
+            _move_report_away(run)
+            if before is not None:
+                logger.info("The policy takes the place of %s", before)
+            save_weights(ensemble, run.weights("ensemble"))
+            _write_report(document, run)
+        print(calibration_to_text(document), end="")
+        print(f"\nThe policy is saved in {run.weights('ensemble')}, the report in {run.calibration}")
 
 
 def _require_own_config(args: argparse.Namespace, run: RunFolder) -> None:
@@ -137,7 +142,7 @@ def _require_own_config(args: argparse.Namespace, run: RunFolder) -> None:
 
 
 def _move_report_away(run: RunFolder) -> None:
-    """What an earlier calibration wrote; it is of another policy than that which is about to be saved."""
+    """What an earlier calibration wrote, which is of another policy."""
     old = move_to_old(run.calibration, *(run.calibration / name for name in FILES))
     if old is not None:
         logger.info("Moved the report before to %s", old)
@@ -348,12 +353,8 @@ def _in_turns(
     return seconds.median(0).values.tolist()
 
 
-def _report(document: dict[str, Any], run: RunFolder) -> None:
-    folder = run.calibration
-    make_folder(folder)
-    data, text, plot = (folder / name for name in FILES)
+def _write_report(document: dict[str, Any], run: RunFolder) -> None:
+    data, text, plot = (run.calibration / name for name in FILES)
     write_file(data, f"{json.dumps(document, indent=2)}\n".encode())
     write_file(text, calibration_to_markdown(document).encode())
     plot_calibration(document, plot)
-    print(calibration_to_text(document), end="")
-    print(f"\nThe policy is saved in {run.weights('ensemble')}, the report in {folder}")

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from timm_mamba_pkd.models import MambaPKDEnsemble, Prediction, count_macs
+from timm_mamba_pkd.models import Confidence, MambaPKDEnsemble, Prediction, count_macs
 from timm_mamba_pkd.report import (
     Candidate,
     Constraints,
@@ -44,8 +44,12 @@ ROUNDS, REPEATS = 5, 10  # of timing: each round times every candidate
 Propose = Callable[[Mapping[str, nn.Module], Table], Mapping[str, nn.Module]]
 
 
-def run_select(args: argparse.Namespace) -> None:
-    """``mamba-pkd select``: what is wrong with the command is said before the first candidate is measured."""
+def run_select(args: argparse.Namespace) -> int:
+    """``mamba-pkd select``: what is wrong with the command is said before the first candidate is measured.
+
+    Returns:
+        the exit code: 1 if nothing keeps the constraints.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")  # PyTorch's profiler, which measures memory, is noisy otherwise
     limits = ("max_macs", "max_params", "max_memory", "max_latency", "min_accuracy")
     try:
@@ -60,16 +64,28 @@ def run_select(args: argparse.Namespace) -> None:
     folder = Path(args.output).expanduser() if args.output else default / "select"
     pool = gather(args)
     with new_folder(folder):
-        table = _measure(pool, device, args)
+        notes: list[str] = []
+        pool, table = _without_copies(pool, _measure(pool, device, args), notes)
         if propose is not None:
             pool = [*pool, *_proposed(propose, pool, table, args)]
-            table = _measure(pool, device, args)
-        about = {"samples_of": pool[0].samples.name, "made_by": describe_start(device, None, args.safe_config)}
+            pool, table = _without_copies(pool, _measure(pool, device, args), notes)
+        if args.data_root is None:
+            notes += [
+                f"The thresholds of {member.name} were fitted on these samples: on others it may do worse."
+                for member in pool
+                if isinstance(member.policy, Confidence)
+            ]
+        about = {
+            "samples_of": pool[0].samples.name,
+            "notes": notes,
+            "made_by": describe_start(device, None, args.safe_config),
+        }
         document = describe_selection(table, constraints, {member.name: member.how for member in pool}, about)
         old = move_to_old(folder, *(folder / name for name in FILES))
         write_selection(document, folder)
     print(selection_to_text(document), end="")
     print(f"\nTable, plot and page: {folder}" + ("" if old is None else f"; what was there before: {old}"))
+    return 0 if document["front"] else 1
 
 
 @dataclass
@@ -153,6 +169,29 @@ def _measure(pool: Sequence[Member], device: torch.device, args: argparse.Namesp
     return Table(candidates, targets, args.min_disagreement, args.seed)
 
 
+def _without_copies(pool: Sequence[Member], table: Table, notes: list[str]) -> tuple[list[Member], Table]:
+    """Of candidates with the same predictions, MACs and parameters the first one; ``notes`` get who is left out.
+
+    Noise of the clock would decide between them.
+    """
+    kept: list[Candidate] = []
+    for one in table.candidates:
+        same = (
+            other
+            for other in kept
+            if (other.macs, other.params) == (one.macs, one.params) and torch.equal(other.predictions, one.predictions)
+        )
+        first = next(same, None)
+        if first is None:
+            kept.append(one)
+        else:
+            notes.append(f"{one.name} is left out: its predictions, MACs and parameters are those of {first.name}.")
+    names = {candidate.name for candidate in kept}
+    return [member for member in pool if member.name in names], Table(
+        kept, table.targets, table.min_disagreement, table.seed
+    )
+
+
 def _cannot_measure(name: str, device: torch.device, error: Exception) -> ConfigError:
     return ConfigError(f"{name} cannot be measured on {device}: {first_line(error)}")
 
@@ -214,6 +253,8 @@ def _find_propose(args: argparse.Namespace) -> Propose:
     if args.safe_config:
         raise ConfigError("--propose runs code, which --safe-config refuses: leave one of them out")
     module, _, name = args.propose.partition(":")
+    if not module or not name:
+        raise ConfigError(f"--propose {args.propose} must be MODULE:FUNCTION")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module raises when it is imported
@@ -232,7 +273,7 @@ def _proposed(propose: Propose, pool: Sequence[Member], table: Table, args: argp
         copies = {member.name: copy.deepcopy(member.model) for member in pool if member.policy is None}
         models: Any = propose(copies, table)
     except Exception as error:  # whatever the function raises
-        raise ConfigError(f"--propose {args.propose}: {explain(error)}") from error
+        raise ConfigError(f"--propose {args.propose} raised {type(error).__name__}: {first_line(error)}") from error
     known = {member.name for member in pool}
     if not isinstance(models, Mapping) or not all(
         isinstance(name, str) and isinstance(model, nn.Module) and name not in known for name, model in models.items()
