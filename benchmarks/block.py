@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import timm
@@ -60,7 +61,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15)
     args = parser.parse_args()
     # What is freed stays with the process, so that no side pays for fresh pages.
-    ctypes.CDLL(None).mallopt(-1, -1), ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, -1)
+    ctypes.CDLL(None).mallopt(-4, 0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     for shape in SHAPES:
         blocks(*shape, repeat=args.repeat)
@@ -91,7 +93,7 @@ def blocks(batch: int, grid: int, dim: int, repeat: int) -> None:
     print()
 
 
-def mambapy_scan(u: Tensor, *arguments: Tensor | None, **options: object) -> Tensor:
+def mambapy_scan(u: Tensor, *arguments: Any, **options: object) -> Tensor:
     return mambapy(u, *arguments)
 
 
@@ -106,7 +108,8 @@ def macs_of(block: nn.Module, x: Tensor) -> int:
         def forward(self, image: Tensor) -> Tensor:
             return self.block(image.permute(0, 2, 3, 1))
 
-    return count_macs(Image(), tuple(x.permute(0, 3, 1, 2).shape[1:]))
+    _, height, width, channels = x.shape
+    return count_macs(Image(), (channels, height, width))
 
 
 def students(args: argparse.Namespace) -> None:
@@ -127,9 +130,9 @@ def students(args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def kwargs_of(name: str, input_size: tuple[int, int, int]) -> dict[str, object]:
+def kwargs_of(name: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """``img_size`` only for those that have one."""
-    kwargs: dict[str, object] = {"in_chans": input_size[0]}
+    kwargs: dict[str, Any] = {"in_chans": input_size[0]}
     try:
         timm.create_model(name, **kwargs, img_size=input_size[1])
     except TypeError:

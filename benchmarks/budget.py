@@ -11,6 +11,7 @@ import argparse
 import random
 import statistics
 import time
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
-    ensemble = timm.create_model("mamba_pkd_ensemble", num_classes=10, in_chans=1, img_size=args.img_size).eval()
+    ensemble: Any = timm.create_model("mamba_pkd_ensemble", num_classes=10, in_chans=1, img_size=args.img_size).eval()
     images = torch.randn(padded(args.largest), 1, args.img_size, args.img_size)
     spans = {
         size: [milliseconds(ensemble, images[:size], k) for k in (1, 7)]

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,9 @@ def keep_freed_memory(keep: bool) -> None:
     others pay for them, as in any program.
     """
     libc = ctypes.CDLL(None)
-    libc.mallopt(-1, -1), libc.mallopt(-4, 0 if keep else 2**16), libc.mallopt(-3, 2**25)
+    libc.mallopt(-1, -1)
+    libc.mallopt(-4, 0 if keep else 2**16)
+    libc.mallopt(-3, 2**25)
 
 
 def measure(scan: Scan, shape: tuple[int, ...], repeat: int, channels_last: bool) -> tuple[float, float, float]:
@@ -91,6 +94,7 @@ def measure(scan: Scan, shape: tuple[int, ...], repeat: int, channels_last: bool
     ctypes.CDLL(None).malloc_trim(0)  # another side's memory lies in pieces of other sizes
     tensors = inputs(*shape, channels_last=channels_last)
     leaves = [None if x is None else x.requires_grad_() for x in tensors]
+    assert tensors[0] is not None
     dy = torch.randn_like(tensors[0])
 
     def forward() -> None:
@@ -127,11 +131,11 @@ def mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 def function_of(path: Path, name: str) -> Scan:
     """A function of a module that cannot be imported."""
-    from einops import rearrange, repeat
+    from einops import rearrange, repeat  # pyright: ignore[reportMissingImports]
 
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    namespace = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
+    namespace: dict[str, Any] = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
     exec(compile(tree, str(path), "exec"), namespace)
     return namespace[name]
 
@@ -151,7 +155,8 @@ def peak(function: Callable[[], object]) -> float:
     with torch.profiler.profile(profile_memory=True) as profiler:
         function()
     total = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    recorded: Any = profiler.profiler
+    for event in sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             total += event.nbytes()
             most = max(most, total)

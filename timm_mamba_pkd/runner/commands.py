@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             run.require_same_inputs(describe_inputs(job))
             if destination is not None:
                 require_own(destination, run)
-        estimates = check(job, device, amp, args.sync_bn, args.on_nonfinite == "skip")
+        estimates = check(job, device, amp, sync_bn=args.sync_bn, skips_nonfinite=args.on_nonfinite == "skip")
         require_space(job, run.path, estimates, args.model_ema, resuming)
         if distributed.is_main():
             if destination is not None:
