@@ -239,5 +239,5 @@ def file_of(dataset: Any, index: int) -> str:
 
 
 def say(error: Exception) -> str:
-    message = first_line(error)
-    return message if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {message}"
+    message = first_line(error) if str(error) else ""
+    return first_line(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {message}"
