@@ -54,7 +54,7 @@ def sections_of_tag(model: Any) -> dict[str, str]:
         model: made by `timm.create_model` from a name with a tag; others have none.
     """
     file = model.pretrained_cfg.get("file")
-    if file is None or file not in [traits.get("file") for traits in TAGS.values()]:
+    if file not in [traits["file"] for traits in TAGS.values() if "file" in traits]:
         return {}
     text = Path(file).with_suffix(".md").read_text(encoding="utf-8")  # of benchmarks/accuracy/pack.py
     _, *parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
