@@ -53,7 +53,7 @@ def sections_of_tag(model: Any) -> dict[str, str]:
     Args:
         model: made by `timm.create_model` from a name with a tag; others have none.
     """
-    file = model.pretrained_cfg.get("file") or ""
+    file = model.pretrained_cfg.get("file")
     if file not in [traits["file"] for traits in TAGS.values() if "file" in traits]:
         return {}
     text = Path(file).with_suffix(".md").read_text(encoding="utf-8")  # of benchmarks/accuracy/pack.py
