@@ -369,8 +369,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     packaged = TAGS.get(own.get("tag"), {}).get("file")
     if packaged is not None and own.get("file") == packaged and model.names != tuple(STUDENTS):
         raise RuntimeError(
-            f"the weights of mamba_pkd_ensemble.{own['tag']} are of {len(STUDENTS)} students, {', '.join(STUDENTS)}, not of "
-            f"{', '.join(model.names)}"
+            f"the weights of mamba_pkd_ensemble.{own['tag']} are of {len(STUDENTS)} students, {', '.join(STUDENTS)}, "
+            f"not of {', '.join(model.names)}"
         )
     state_dict = state_dict.get("model", state_dict)
     state_dict = {**state_dict, **adapt_to(model, state_dict)}
