@@ -67,7 +67,7 @@ def test_training_is_the_same_without_it(progressive, run, monkeypatch):
     kwargs["num_epochs"] = 2
     _, checked = run(progressive)
     estimate = StageEstimate("mamba_pkd_s1", 2, 3, 0.1, cache_bytes=0, cache_dir=None)
-    monkeypatch.setattr("timm_mamba_pkd.runner.commands.check", lambda *args: [estimate, estimate])
+    monkeypatch.setattr("timm_mamba_pkd.runner.commands.check", lambda *args, **kwargs: [estimate, estimate])
     _, unchecked = run(progressive, output="unchecked")
     weights = [load_file(folder / "weights" / "ensemble.safetensors") for folder in (checked, unchecked)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
