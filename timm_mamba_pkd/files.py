@@ -34,7 +34,7 @@ def whole_file(path: str | Path, replace: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        (os.replace if replace else _rename_to_new)(temporary, path)
+        (os.replace if replace else rename_to_new)(temporary, path)
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -48,14 +48,19 @@ def write_file(path: str | Path, content: bytes | memoryview, replace: bool = Tr
         file.write(content)
 
 
-def _rename_to_new(temporary: Path, path: Path) -> None:
+def rename_to_new(temporary: Path, path: Path) -> None:
+    """Give a file the name `path`, which nothing may have; the old name may stay, for the caller to remove.
+
+    Raises:
+        FileExistsError: there is something at `path`, which stays as it is.
+    """
     try:
-        os.link(temporary, path)  # `whole_file` removes the other name
+        os.link(temporary, path)
     except FileExistsError:
         raise
     except OSError as error:  # a file system without links
         if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.replace(temporary, path)
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from timm_mamba_pkd.distributed import world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import Job, local_file, stage_weights, stages
+from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.destination import require_separate
 from timm_mamba_pkd.runner.device import autocast
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
@@ -85,7 +85,7 @@ def check(
     logs.setLevel(logging.ERROR)  # the rest it says again when it is for real
     try:
         with job.source.locating(), _same_random_numbers():
-            _check_destination(job)
+            require_separate(job)
             _check_schedule(job)
             return list(_try_stages(_copy(job, amp), device, amp, sync_bn, skips_nonfinite))
     finally:
@@ -132,7 +132,7 @@ def _try_stages(
         with _explaining(name):
             box.pre_epoch_process(epoch=getattr(box, "current_epoch", 0))
         batch = _first_batch(box.train_data_loader, name)
-        buffers = copy_buffers(job, box)
+        buffers = copy_buffers(job, box) if skips_nonfinite else []
         seconds, loss = _try_step(job, box, batch, device, amp, name)
         if not np.isfinite(loss):
             message = f"train.{name}: the loss of the first batch is {loss}"
@@ -332,20 +332,6 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
     except Exception as error:
         message = f"train.{name}: scheduler {type(scheduler).__name__} fails as it steps: {explain(error)}"
         raise ConfigError(message, at=at) from error
-
-
-def _check_destination(job: Job) -> None:
-    """A run reads its weights again when it goes on."""
-    if job.destination is None:
-        return
-    models = job.config["models"]
-    files = [(("models", role, "src_ckpt"), local_file((models[role] or {}).get("src_ckpt"))) for role in models]
-    for keys, path in [*files, *stage_weights(job.config["train"])]:
-        if path is not None and os.path.realpath(path) == os.path.realpath(job.destination):
-            raise ConfigError(
-                f"dst_ckpt {job.destination} is also {'.'.join(keys)}, which it would overwrite: name another file",
-                at=("models", job.student_role, "dst_ckpt"),
-            )
 
 
 def _check_schedule(job: Job) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 from torch import nn
 
 from timm_mamba_pkd.files import WriteError, write_file
 from timm_mamba_pkd.models.weights import checkpoint_file_of, weights_file_of
+from timm_mamba_pkd.runner.config import Job, local_file, stage_weights
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.run_folder import RunFolder
 
@@ -19,6 +21,20 @@ def is_own(path: Path, run: RunFolder) -> bool:
         return bool(written) and _digest(path.read_bytes()) in written
     except OSError:
         return False
+
+
+def require_separate(job: Job) -> None:
+    """Raise a ConfigError if ``dst_ckpt`` is a file that the run reads, and would read again when it goes on."""
+    if job.destination is None:
+        return
+    models = job.config["models"]
+    files = [(("models", role, "src_ckpt"), local_file((models[role] or {}).get("src_ckpt"))) for role in models]
+    for keys, path in [*files, *stage_weights(job.config["train"])]:
+        if path is not None and os.path.realpath(path) == os.path.realpath(job.destination):
+            raise ConfigError(
+                f"dst_ckpt {job.destination} is also {'.'.join(keys)}, which it would overwrite: name another file",
+                at=("models", job.student_role, "dst_ckpt"),
+            )
 
 
 def require_free(path: Path, run: RunFolder, fresh: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from timm_mamba_pkd.deploy import FORMATS, quantize_onnx, sections_of_tag, write_hub_folder
+from timm_mamba_pkd.files import rename_to_new
 from timm_mamba_pkd.report import median_time
 from timm_mamba_pkd.runner.card import sections_of_run
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
@@ -101,9 +102,10 @@ def _whole(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         partial = Path(temporary) / path.name
         yield partial
-        if not partial.is_dir():  # a folder replaces none that holds anything, but a file any
-            path.touch(exist_ok=False)
-        os.replace(partial, path)
+        if partial.is_dir():
+            os.replace(partial, path)  # none that holds anything
+        else:
+            rename_to_new(partial, path)
 
 
 def _require_packages(kinds: list[str], int8: bool) -> None:
