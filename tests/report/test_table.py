@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from timm_mamba_pkd.report import COLUMNS, Row, read_csv, to_markdown, to_text, write_csv
+from timm_mamba_pkd.report import COLUMNS, Row, read_csv, to_markdown, to_text, write_csv, write_report
 
 TEACHER = Row("resnet18", "teacher", None, 99.41, 11.173962, 0.556651520, 100.0, 3.25)
 STUDENT = Row("mamba_pkd_s1", "student", 1, 97.1, 0.0131234, 0.0025, 0.1 + 0.2, 1 / 3)
@@ -112,3 +112,23 @@ def test_text_aligns_its_columns():
         "resnet18      teacher         99.41        11.2    557                  100      3.25\n"
         "mamba_pkd_s1  student  1      97.10      0.0131   2.50                0.300     0.333\n"
     )
+
+
+def test_an_ensemble_below_an_affordable_student_is_named(tmp_path):
+    def row(model: str, role: str, k: int, top1: float, gmacs: float) -> Row:
+        return Row(model, role, k, top1, 0.1, gmacs, None, 1.0)
+
+    rows = [
+        TEACHER,
+        row("s1", "student", 1, 90.0, 0.001),
+        row("s2", "student", 2, 95.0, 0.003),
+        row("s3", "student", 3, 99.0, 0.010),
+        row("ensemble_1", "ensemble", 1, 90.0, 0.001),
+        row("ensemble_2", "ensemble", 2, 94.0, 0.004),
+        row("ensemble_3", "ensemble", 3, 99.0, 0.014),
+    ]
+    line = "ensemble_2 (94.00 %, 4.00 MMACs) is less accurate than s2 alone (95.00 %, 3.00 MMACs)"
+    assert to_text(rows).splitlines()[8:] == [line]
+    assert to_text(rows[:2]).splitlines()[3:] == []
+    write_report(rows, [], tmp_path, device_name="a device", seed=0)
+    assert (tmp_path / "results.md").read_text().endswith(f"Seed 0.\n\n- {line}\n")

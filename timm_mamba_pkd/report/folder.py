@@ -6,7 +6,7 @@ from typing import Any
 
 from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.report.plots import plot_accuracy_against_macs, plot_curves
-from timm_mamba_pkd.report.table import Row, to_markdown, write_csv
+from timm_mamba_pkd.report.table import Row, to_markdown, weak_ensembles, write_csv
 
 
 def write_report(
@@ -22,7 +22,8 @@ def write_report(
     Args:
         rows: at least one.
         metrics: one mapping per epoch, see `plot_curves`; when empty (nothing was trained) there is no curves.png.
-            A ``verdict`` (of the progressive rule, at the end of a stage) becomes a line of results.md.
+            A ``verdict`` (of the progressive rule, at the end of a stage) becomes a line of results.md, as does each
+            of `weak_ensembles`.
         folder: files of these names in it are replaced.
         device_name: where the latencies were measured.
         seed: of the run.
@@ -38,8 +39,9 @@ def write_report(
         "MACs are those of one image, the selective scan included, elementwise work not; 1 MAC = 2 FLOPs. "
         f"Latency is the median at batch size 1 on {device_name}. Seed {seed}."
     )
-    verdicts = [f"- stage {m['stage']}, {m['student']}: {m['verdict']}" for m in metrics if "verdict" in m]
-    text = "\n".join([to_markdown(rows), conventions, *(["", *verdicts] if verdicts else [])])
+    remarks = [f"- stage {m['stage']}, {m['student']}: {m['verdict']}" for m in metrics if "verdict" in m]
+    remarks += [f"- {line}" for line in weak_ensembles(rows)]
+    text = "\n".join([to_markdown(rows), conventions, *(["", *remarks] if remarks else [])])
     write_file(folder / "results.md", f"{text}\n".encode())
     plot_accuracy_against_macs(rows, folder / "accuracy_macs.png")
     if metrics:

@@ -123,8 +123,21 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_text(rows: Sequence[Row]) -> str:
-    """Render `rows` in aligned columns for a terminal, rounded for reading, ending in a newline."""
-    return in_columns([_HEADINGS, *(_rounded(row) for row in rows)])
+    """Render `rows` in aligned columns for a terminal, rounded for reading, then `weak_ensembles`."""
+    table = in_columns([_HEADINGS, *(_rounded(row) for row in rows)])
+    return table + "".join(f"{line}\n" for line in weak_ensembles(rows))
+
+
+def weak_ensembles(rows: Sequence[Row]) -> list[str]:
+    """One line for each ensemble that is less accurate than a student alone that costs no more."""
+    lines = []
+    for ensemble in (row for row in rows if row.role == "ensemble"):
+        affordable = [row for row in rows if row.role == "student" and row.gmacs <= ensemble.gmacs]
+        best = max(affordable, key=lambda row: row.top1, default=ensemble)
+        if best.top1 > ensemble.top1:
+            weak, strong = (f"({row.top1:.2f} %, {significant(1000 * row.gmacs)} MMACs)" for row in (ensemble, best))
+            lines.append(f"{ensemble.model} {weak} is less accurate than {best.model} alone {strong}")
+    return lines
 
 
 def in_markdown(table: Sequence[Sequence[str]]) -> str:

@@ -44,6 +44,18 @@ def precision(amp: bool, amp_dtype: str | None, by_config: torch.dtype | None = 
     return by_config or (torch.bfloat16 if amp else None)
 
 
+def slows_down(amp: torch.dtype | None, device: torch.device) -> bool:
+    """Whether ``amp`` is likely slower on ``device`` than float32: on an x86 CPU without instructions for it.
+
+    Older versions of PyTorch do not tell what a CPU has; the answer is then no.
+    """
+    if amp is None or device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    fast = ("avx512_bf16", "amx_bf16") if amp == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return has["architecture"] == "x86_64" and not any(has[each] for each in fast)
+
+
 def precision_of_config(amp: Any) -> torch.dtype | None:
     """The dtype that ``amp`` under ``train`` in a config asks for, if any.
 

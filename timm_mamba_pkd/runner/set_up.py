@@ -13,7 +13,7 @@ from torchdistill.misc.log import set_basic_log_config
 
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.runner.config import Job, prepare
-from timm_mamba_pkd.runner.device import find_device, precision, precision_of_config
+from timm_mamba_pkd.runner.device import find_device, precision, precision_of_config, slows_down
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
@@ -50,6 +50,9 @@ def set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.d
         with job.source.locating():
             by_config = precision_of_config(job.config["train"].get("amp"))
         amp = precision(args.amp, args.amp_dtype, by_config)
+    if slows_down(amp, device) and distributed.is_main():
+        asked, name = "amp in the config" if by_config else "--amp", str(amp).removeprefix("torch.")
+        logger.warning(f"this CPU has no instructions for {name}: float32 is likely faster, without {asked}")
     return job, amp
 
 
