@@ -1,6 +1,9 @@
 """What a model card says of the run that its model is of."""
 
 from importlib import metadata
+from typing import Any
+
+from torch.utils.data import Subset
 
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.run_folder import RunFolder
@@ -25,7 +28,7 @@ def sections_of_run(run: RunFolder, config: Trained) -> dict[str, str]:
         f"- `{name}`: {len(images)} images of `{kind.__module__}.{kind.__qualname__}`"
         for name, images in config.datasets.items()
         if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
-        for kind in [public_class(images)]
+        for kind in [_class_of(images)]
     ] or [f"- `{name}`" for name in config.dataset_ids]
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     text = run.config.read_text(encoding="utf-8")
@@ -34,6 +37,13 @@ def sections_of_run(run: RunFolder, config: Trained) -> dict[str, str]:
         "Data": "\n".join(data),
         "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
     }
+
+
+def _class_of(images: Any) -> type:
+    """The class of a data set, or of the one that it is a split of."""
+    while public_class(images) is Subset:
+        images = images.dataset
+    return public_class(images)
 
 
 def _begun(run: RunFolder) -> str:
