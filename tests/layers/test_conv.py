@@ -50,15 +50,16 @@ def test_conv_norm(kernel_size, stride, groups, act, size):
     assert [name for name, _ in part.named_parameters()] == ["conv.weight", "norm.weight", "norm.bias"]
 
 
+@pytest.mark.parametrize(("out_dim", "stride"), [(4, 1), (5, 1), (4, 2), (6, 2)])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
-def test_inverted_residual(size):
-    block = InvertedResidual(4, expand=1.5)
+def test_inverted_residual(size, out_dim, stride):
+    block = InvertedResidual(4, out_dim, stride, expand=1.5)
     randomise_norms(block)
     x = torch.randn(2, *size, 4)
     y = F.silu(conv_norm(x, block.expand))
     assert y.shape[-1] == 6
-    y = F.silu(conv_norm(y, block.depthwise, groups=6))
-    torch.testing.assert_close(block(x), x + conv_norm(y, block.project))
+    y = conv_norm(F.silu(conv_norm(y, block.depthwise, stride, groups=6)), block.project)
+    torch.testing.assert_close(block(x), x + y if (out_dim, stride) == (4, 1) else y)
 
 
 @pytest.mark.parametrize(("size", "half"), [((4, 6), (2, 3)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 1), (1, 1))])
@@ -72,7 +73,7 @@ def test_downsample(size, half):
 
 
 def test_drop_path_drops_the_branch_of_whole_samples():
-    block, whole = InvertedResidual(4, drop_path=0.25), InvertedResidual(4)
+    block, whole = InvertedResidual(4, 4, drop_path=0.25), InvertedResidual(4, 4)
     whole.load_state_dict(block.state_dict())
     x = torch.randn(400, 2, 2, 4)
     branch = whole(x) - x
@@ -85,7 +86,7 @@ def test_drop_path_drops_the_branch_of_whole_samples():
     torch.testing.assert_close(block(x), whole.eval()(x))
 
 
-@pytest.mark.parametrize("make", [lambda **dd: ConvNorm(4, 4, **dd), lambda **dd: InvertedResidual(4, **dd)])
+@pytest.mark.parametrize("make", [lambda **dd: ConvNorm(4, 4, **dd), lambda **dd: InvertedResidual(4, 4, **dd)])
 def test_device_and_dtype(make):
     part = make(device="meta", dtype=torch.float64)
     assert {parameter.dtype for parameter in part.parameters()} == {torch.float64}

@@ -31,17 +31,22 @@ class ConvNorm(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """Inverted residual of MobileNetV2 (arXiv 1801.04381), channels last: (B, H, W, C) in, same out.
+    """Inverted residual of MobileNetV2 (arXiv 1801.04381), channels last: (B, H, W, C) in, (B, H', W', C') out.
+
+    The grid is divided by the stride, rounded up. The input is added where neither grid nor channels change.
 
     Args:
-        dim: channels C.
-        expand: width of the depthwise 3x3 convolution, in multiples of ``dim``.
+        in_dim, out_dim: channels C and C'.
+        stride: of the depthwise 3x3 convolution.
+        expand: width of the depthwise convolution, in multiples of ``in_dim``.
         drop_path: probability that the residual branch is dropped for a sample.
     """
 
     def __init__(
         self,
-        dim: int,
+        in_dim: int,
+        out_dim: int,
+        stride: int = 1,
         expand: float = 2.0,
         drop_path: float = 0.0,
         device: Any = None,
@@ -49,15 +54,16 @@ class InvertedResidual(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        hidden = int(dim * expand)
-        self.expand = ConvNorm(dim, hidden, **dd)
-        self.depthwise = ConvNorm(hidden, hidden, 3, groups=hidden, **dd)
-        self.project = ConvNorm(hidden, dim, act=False, **dd)
+        hidden = int(in_dim * expand)
+        self.has_skip = stride == 1 and in_dim == out_dim
+        self.expand = ConvNorm(in_dim, hidden, **dd)
+        self.depthwise = ConvNorm(hidden, hidden, 3, stride, groups=hidden, **dd)
+        self.project = ConvNorm(hidden, out_dim, act=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.depthwise(self.expand(x.permute(0, 3, 1, 2))))
-        return x + self.drop_path(y.permute(0, 2, 3, 1))
+        y = self.project(self.depthwise(self.expand(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        return x + self.drop_path(y) if self.has_skip else y
 
 
 class Downsample(nn.Module):

@@ -142,7 +142,7 @@ class MambaPKD(nn.Module):
             blocks: list[nn.Module] = [
                 MambaBlock(dim, cfg.d_state, cfg.expand, cfg.mlp_ratio, drop_path=rate, **dd)
                 if i
-                else InvertedResidual(dim, drop_path=rate, **dd)
+                else InvertedResidual(dim, dim, drop_path=rate, **dd)
                 for rate in stage_rates
             ]
             self.stages.append(Stage(in_dim, dim, downsample=i > 0, blocks=blocks, **dd))

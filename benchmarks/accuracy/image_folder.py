@@ -1,0 +1,34 @@
+"""A CIFAR-10 config that reads folders of image files, for a re-encoded copy of the data: the config, on stdout.
+
+    python benchmarks/accuracy/image_folder.py yaml_configs/cifar10/teacher_resnet18.yaml data/cifar10 > teacher.yaml
+
+The folder holds train/ and test/, each with a folder per class, as torchvision's ImageFolder wants them.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    print(reading_folders(args.config.read_text(), args.folder), end="")
+
+
+def reading_folders(text: str, folder: Path) -> str:
+    """The text of a config whose CIFAR-10 is read from ``folder``."""
+    text, keys = re.subn(r"torchvision\.datasets\.CIFAR10\b", "torchvision.datasets.ImageFolder", text)
+    text, roots = re.subn(
+        r"root: [&*]root.*\n +train: (True|False)\n +download: True\n",
+        lambda match: f"root: '{folder.resolve() / ('train' if match[1] == 'True' else 'test')}'\n",
+        text,
+    )
+    assert keys == roots == 2, "the config needs torchvision's CIFAR10 for training and for testing"
+    return text
+
+
+if __name__ == "__main__":
+    main()
