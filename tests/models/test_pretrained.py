@@ -62,7 +62,7 @@ def test_what_cards_say_is_what_was_measured(name, dataset):
     sections = sections_of_tag(timm.create_model(f"{name}.{dataset}"))
     assert list(sections) == ["Results", "Data", "Recipe"]
     rows = read_csv(ROOT / "benchmarks" / "accuracy" / dataset / "results.csv")
-    assert to_markdown(rows) in sections["Results"]
+    assert to_markdown(rows).strip() in sections["Results"]
     assert "torchvision.datasets" in sections["Data"] and "Subset" not in sections["Data"]
     config = (ROOT / "yaml_configs" / dataset / "progressive.yaml").read_text()
     assert f"```yaml\n{config.strip()}\n```" in sections["Recipe"]
