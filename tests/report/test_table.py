@@ -128,7 +128,7 @@ def test_an_ensemble_below_an_affordable_student_is_named(tmp_path):
         row("ensemble_3", "ensemble", 3, 99.0, 0.014),
     ]
     line = "ensemble_2 (94.00 %, 4.00 MMACs) is less accurate than s2 alone (95.00 %, 3.00 MMACs)"
-    assert to_text(rows).splitlines()[8:] == [line]
+    assert to_text(rows).splitlines()[8:] == [f"note: {line}"]
     assert to_text(rows[:2]).splitlines()[3:] == []
     write_report(rows, [], tmp_path, device_name="a device", seed=0)
     assert (tmp_path / "results.md").read_text().endswith(f"Seed 0.\n\n- {line}\n")

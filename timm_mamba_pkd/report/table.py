@@ -125,7 +125,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 def to_text(rows: Sequence[Row]) -> str:
     """Render `rows` in aligned columns for a terminal, rounded for reading, then `weak_ensembles`."""
     table = in_columns([_HEADINGS, *(_rounded(row) for row in rows)])
-    return table + "".join(f"{line}\n" for line in weak_ensembles(rows))
+    return table + "".join(f"note: {line}\n" for line in weak_ensembles(rows))
 
 
 def weak_ensembles(rows: Sequence[Row]) -> list[str]:
