@@ -9,7 +9,6 @@ multiply-accumulates and parameters are those of the public zoo (chenyaofo/pytor
 """
 
 import argparse
-import csv
 import re
 import shlex
 import statistics
@@ -25,6 +24,7 @@ from torchdistill.models.registry import register_model
 
 from benchmarks.accuracy.image_folder import reading_folders
 from timm_mamba_pkd.layers import ConvNorm, InvertedResidual
+from timm_mamba_pkd.report import Row, read_csv
 
 
 @register_model(key="peer_shufflenet_v2_x0_5")
@@ -78,9 +78,9 @@ def main() -> None:
     table = ["| model | params (M) | MMACs | top-1 (%) |", "|---|---:|---:|---:|"]
     for name in args.models:
         rows = [train(with_model(text, name), args.output / f"{name}_{seed}", seed, args.flags) for seed in args.seeds]
-        top1 = [float(row["top1"]) for row in rows]
+        top1 = [row.top1 for row in rows]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        cost = f"{float(rows[0]['param_count']):.3f} | {1000 * float(rows[0]['gmacs']):.1f}"
+        cost = f"{rows[0].param_count:.3f} | {1000 * rows[0].gmacs:.1f}"
         table.append(f"| {name} | {cost} | {statistics.mean(top1):.2f}{spread} |")
         print("\n".join(table[-1:] if len(table) > 3 else table), flush=True)
 
@@ -96,17 +96,15 @@ def with_model(text: str, name: str) -> str:
     return re.sub(r"dst_ckpt: .*", "dst_ckpt:", text)
 
 
-def train(config: str, folder: Path, seed: int, flags: list[str]) -> dict[str, str]:
-    """The row of the network in the results of a run, which is finished first if need be."""
-    if not (folder / "results.csv").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_suffix(".yaml")
-        path.write_text(config)
-        command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder)]
-        with folder.with_suffix(".log").open("w") as log:
-            subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=log, stderr=subprocess.STDOUT)
-    with (folder / "results.csv").open() as file:
-        return next(csv.DictReader(file))
+def train(config: str, folder: Path, seed: int, flags: list[str]) -> Row:
+    """The network's row of a run's results; `train` neither repeats a finished run nor goes on by another config."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(config)
+    command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder)]
+    with folder.with_suffix(".log").open("w") as log:
+        subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=log, stderr=subprocess.STDOUT)
+    return read_csv(folder / "results.csv")[0]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from timm_mamba_pkd.models import STUDENTS
 from timm_mamba_pkd.report import Row, read_csv
+from timm_mamba_pkd.report.plots import BLUE, GREY, ORANGE
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#444444"
+GREEN = "#009e73"
 
 
 def main() -> None:

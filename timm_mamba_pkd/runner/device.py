@@ -53,7 +53,7 @@ def slows_down(amp: torch.dtype | None, device: torch.device) -> bool:
         return False
     has = torch.cpu.get_capabilities()
     fast = ("avx512_bf16", "amx_bf16") if amp == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
-    return has["architecture"] == "x86_64" and not any(has[each] for each in fast)
+    return has.get("architecture") == "x86_64" and not any(has.get(each) for each in fast)
 
 
 def precision_of_config(amp: Any) -> torch.dtype | None:
