@@ -102,8 +102,11 @@ def train(config: str, folder: Path, seed: int, flags: list[str]) -> Row:
     path = folder.with_suffix(".yaml")
     path.write_text(config)
     command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder)]
-    with folder.with_suffix(".log").open("w") as log:
-        subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=log, stderr=subprocess.STDOUT)
+    with folder.with_suffix(".log").open("w+") as log:
+        done = subprocess.run([*command, "--seed", str(seed), *flags], stdout=log, stderr=subprocess.STDOUT)
+        log.seek(0)
+        if done.returncode:
+            sys.exit(f"{log.read().splitlines()[-1]}\n(the end of {log.name})")
     return read_csv(folder / "results.csv")[0]
 
 
