@@ -29,18 +29,18 @@ def make(name: str = "mamba_pkd_s1", **kwargs) -> Any:
 def macs_by_hand(name: str, num_classes: int, size: int = 32) -> tuple[float, float]:
     """Multiply-accumulates on a 3 x size x size image, and the scan's share of them: half its FLOPs."""
     cfg = STUDENTS[name]
-    side = math.ceil(size / 2)
-    total, scan = 9 * 3 * cfg.dims[0] * side**2, 0.0
+    side, hidden, scan = math.ceil(size / 2), 2 * cfg.stem, 0.0
+    total = (9 * 3 * cfg.stem + cfg.stem * hidden) * size**2 + (9 * hidden + hidden * cfg.dims[0]) * side**2
     total += cfg.depths[0] * side**2 * (2 * cfg.dims[0] ** 2 + 9 * 2 * cfg.dims[0] + 2 * cfg.dims[0] ** 2)
     for previous, dim, depth in zip(cfg.dims, cfg.dims[1:], cfg.depths[1:], strict=False):
         side = math.ceil(side / 2)
         length, inner, rank = side**2, int(cfg.expand * dim), math.ceil(dim / 16)
         total += length * (9 * previous + previous * dim)
-        one_way_scan = (9 * length * inner * cfg.d_state + 2 * length * inner) / 2
-        one_way = 4 * inner * length + length * inner * (rank + 2 * cfg.d_state + rank) + one_way_scan
-        mlp = 2 * dim * int(cfg.mlp_ratio * dim)
-        total += depth * (length * (9 * dim + dim * 2 * inner + inner * dim + mlp) + 2 * one_way)
-        scan += depth * 2 * one_way_scan
+        both_scans = 9 * length * inner * cfg.d_state + 2 * length * inner
+        mixer = length * (dim * 2 * inner + 4 * inner + inner * (rank + 2 * cfg.d_state + rank) + inner * dim)
+        mlp = length * 2 * dim * int(cfg.mlp_ratio * dim)
+        total += depth * (length * 9 * dim + mixer + both_scans + mlp)
+        scan += depth * both_scans
     return total + cfg.dims[-1] * num_classes, scan
 
 

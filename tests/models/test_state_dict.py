@@ -61,10 +61,15 @@ def saved(tmp_path: Path, **kwargs) -> tuple[Path, dict[str, Tensor]]:
             checkpoint_path,
             {"model_name": S2},
             {},
-            "unexpected stages.2.blocks.1.local.bias, .*, ...; shape of stem",
+            "unexpected stages.0.blocks.0.depthwise.norm.num_batches_tracked, .*, ...; shape of stages",
         ),
-        (later, {"model_name": S2}, {}, r"shape of stem.conv.weight \(16, 3, 3, 3\) instead of \(12, 3, 3, 3\), stem"),
-        (pretrained, {"model_name": S2}, {}, r"another architecture than this MambaPKD: unexpected stages.2.blocks.1"),
+        (
+            later,
+            {"model_name": S2},
+            {},
+            r"shape of stages.0.downsample.project.conv.weight \(16, 16, 1, 1\) instead of \(12, 16, 1, 1\)",
+        ),
+        (pretrained, {"model_name": S2}, {}, r"another architecture than this MambaPKD: unexpected stages.0.blocks.0"),
         (pretrained, {"model_name": S2}, {"num_classes": 7}, "another architecture than this MambaPKD: unexpected"),
         (
             pretrained,
@@ -72,7 +77,7 @@ def saved(tmp_path: Path, **kwargs) -> tuple[Path, dict[str, Tensor]]:
             {"num_classes": 7},
             "architecture than this MambaPKD: missing",
         ),
-        (checkpoint_path, {"in_chans": 1}, {}, r"in_chans=3: shape of stem.conv.weight \(12, 1, 3, 3\) instead of"),
+        (checkpoint_path, {"in_chans": 1}, {}, r"in_chans=3: shape of stem.conv.weight \(8, 1, 3, 3\) instead of"),
         (
             checkpoint_path_without_num_classes,
             {},

@@ -118,7 +118,7 @@ def test_parameter_groups(name):
         # Layer decay follows the order of evaluation.
         order = [
             "stem.conv.weight",
-            "stages.0.blocks.0.expand.conv.weight",
+            "stages.0.downsample.expand.conv.weight",
             "stages.1.downsample.pointwise.conv.weight",
         ]
         order += ["stages.1.blocks.0.mixer.D", "stages.2.blocks.0.mixer.D", "norm.weight", "head.fc.weight"]
@@ -158,9 +158,9 @@ def stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_some_features_only():
     model: Any = timm.create_model(SMALL, features_only=True, out_indices=(-2, 0))
-    assert model.feature_info.channels() == [24, 12]
+    assert model.feature_info.channels() == [20, 12]
     assert not any("stages.2" in key or "head" in key for key, _ in model.named_parameters())
-    assert {feature.shape[1] for feature in model(torch.randn(2, 3, 16, 16))} == {12, 24}
+    assert {feature.shape[1] for feature in model(torch.randn(2, 3, 16, 16))} == {12, 20}
 
 
 def test_forward_intermediates():
@@ -173,7 +173,7 @@ def test_forward_intermediates():
         true = model.forward_features(x)
         final, features = model.forward_intermediates(x)
         torch.testing.assert_close(final, true, rtol=0, atol=0)
-        assert [feature.shape for feature in features] == [(1, 16, 5, 9), (1, 32, 3, 5), (1, 64, 2, 3)]
+        assert [feature.shape for feature in features] == [(1, 16, 5, 9), (1, 32, 3, 5), (1, 56, 2, 3)]
         for i, feature in enumerate(features):
             torch.testing.assert_close(feature, outputs[i], rtol=0, atol=0)
         _, normalised = model.forward_intermediates(x, norm=True)

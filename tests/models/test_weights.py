@@ -239,8 +239,8 @@ def test_weights_of_another_student(tmp_path):
     with pytest.raises(WeightsError) as error:
         load_weights(students[1], tmp_path / "w.safetensors")
     message = str(error.value)
-    assert "of another model than MambaPKD: missing stages.2.blocks.1.local.weight, " in message
-    assert "; shape of stem.conv.weight (12, 3, 3, 3) instead of (16, 3, 3, 3), stem.norm.weight (12,)" in message
+    assert "of another model than MambaPKD: missing stages.0.blocks.0.expand.conv.weight, " in message
+    assert "; shape of stages.0.downsample.project.conv.weight (12, 16, 1, 1) instead of (16, 16, 1, 1), " in message
     assert message.count(", ...") == 2
     torch.testing.assert_close(dict(students[1].state_dict()), before, rtol=0, atol=0)
 

@@ -17,10 +17,9 @@ class Mamba(nn.Module):
     """Mamba (Gu and Dao, 2023, arXiv:2312.00752) over the tokens of an image in row-major order.
 
     (B, H, W, C) in, same out, any grid. The parameters have the names, shapes and initialisation of mamba-ssm's
-    ``Mamba``. With ``bidirectional=False`` so has the function; otherwise the same parameters also run over the
-    reversed sequence, and the two gated outputs of the scan are summed: reversing the tokens reverses
-    the output. The state is float32 or better under autocast. A mixer made in timm's exportable mode consists of
-    PyTorch's own operators only.
+    ``Mamba``. With ``bidirectional=False`` so has the function; otherwise the scan also runs backwards over what the
+    convolution and the projections gave, with the same parameters, and the two gated outputs are summed. The state is
+    float32 or better under autocast. A mixer made in timm's exportable mode consists of PyTorch's own operators only.
 
     Args:
         d_model: Channels C.
@@ -28,7 +27,7 @@ class Mamba(nn.Module):
         d_conv: Kernel size of the depthwise convolution over the sequence.
         expand: Inner channels in multiples of d_model, rounded down.
         dt_rank: Rank of the projection to step sizes; "auto" is d_model / 16, rounded up.
-        bidirectional: Run in both directions.
+        bidirectional: Scan in both directions.
         dt_min, dt_max: Range of the step sizes at initialisation, log-uniform.
         dt_init_floor: Least step size at initialisation.
 
@@ -100,18 +99,18 @@ class Mamba(nn.Module):
         tokens = x.reshape(batch, height * width, channels)
         x, z = self.in_proj(tokens).chunk(2, dim=2)
         x, z = x.transpose(1, 2), z.transpose(1, 2)
-        y = self._scan(x, z, reverse=False)
-        if self.bidirectional:
-            y = y + self._scan(x, z, reverse=True)
-        return self.out_proj(y.transpose(1, 2)).reshape(batch, height, width, channels)
-
-    def _scan(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
-        """Convolve, scan and gate in one direction: (batch, inner channels, length) in, same out."""
-        x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, reverse, self.backend)
+        x = causal_conv1d_silu(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, backend=self.backend)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=2)
         delta = linear(dt, self.dt_proj.weight).transpose(1, 2)
-        A = -torch.exp(self.A_log.float())
         B, C = B.transpose(1, 2), C.transpose(1, 2)
+        y = self._scan(x, delta, B, C, z, reverse=False)
+        if self.bidirectional:
+            y = y + self._scan(x, delta, B, C, z, reverse=True)
+        return self.out_proj(y.transpose(1, 2)).reshape(batch, height, width, channels)
+
+    def _scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor, reverse: bool) -> Tensor:
+        """Scan and gate in one direction: x, delta, z (batch, inner channels, length) in, same out."""
+        A = -torch.exp(self.A_log.float())
         bias = self.dt_proj.bias
         return selective_scan(
             x, delta, A, B, C, self.D, z, bias, delta_softplus=True, reverse=reverse, backend=self.backend

@@ -1,8 +1,8 @@
 """Mamba students s1 (smallest) to s7 (largest) for progressive distillation, in timm's dialect.
 
-Paper: Mamba-PKD, https://arxiv.org/abs/2503.01727. Its architecture is not public; this one is ours: a stride-2
-convolutional stem made for images of 28 to 64 pixels, inverted residuals on the finest grid, and bidirectional Mamba
-blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
+Paper: Mamba-PKD, https://arxiv.org/abs/2503.01727. Its architecture is not public; this one is ours: a
+convolutional stem on the full grid of images of 28 to 64 pixels, inverted residuals on half of it, and bidirectional
+Mamba blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,10 @@ __all__ = ["MambaPKD"]
 
 @dataclass(frozen=True)
 class StudentCfg:
-    """Architecture of a student: widths and depths of the stages on 1/2, 1/4 and 1/8 of the image's grid."""
+    """Architecture of a student: widths of the stem, and widths and depths of the stages on 1/2, 1/4 and 1/8 of the
+    image's grid."""
 
+    stem: int
     dims: tuple[int, int, int]
     depths: tuple[int, int, int]
     d_state: int = 4
@@ -36,23 +38,23 @@ class StudentCfg:
 
 
 STUDENTS = {
-    "mamba_pkd_s1": StudentCfg(dims=(12, 24, 32), depths=(1, 1, 1)),
-    "mamba_pkd_s2": StudentCfg(dims=(16, 32, 64), depths=(1, 1, 2)),
-    "mamba_pkd_s3": StudentCfg(dims=(20, 48, 80), depths=(1, 2, 2)),
-    "mamba_pkd_s4": StudentCfg(dims=(28, 56, 96), depths=(1, 3, 3)),
-    "mamba_pkd_s5": StudentCfg(dims=(40, 72, 128), depths=(2, 3, 3)),
-    "mamba_pkd_s6": StudentCfg(dims=(48, 80, 120), depths=(2, 4, 4)),
-    "mamba_pkd_s7": StudentCfg(dims=(44, 96, 144), depths=(2, 5, 4)),
+    "mamba_pkd_s1": StudentCfg(stem=8, dims=(12, 20, 32), depths=(0, 1, 1)),
+    "mamba_pkd_s2": StudentCfg(stem=8, dims=(16, 32, 56), depths=(1, 1, 2)),
+    "mamba_pkd_s3": StudentCfg(stem=12, dims=(20, 44, 76), depths=(1, 2, 2)),
+    "mamba_pkd_s4": StudentCfg(stem=16, dims=(32, 60, 120), depths=(1, 2, 2)),
+    "mamba_pkd_s5": StudentCfg(stem=20, dims=(40, 72, 136), depths=(1, 3, 3)),
+    "mamba_pkd_s6": StudentCfg(stem=20, dims=(48, 80, 152), depths=(2, 3, 3)),
+    "mamba_pkd_s7": StudentCfg(stem=24, dims=(48, 96, 160), depths=(2, 4, 4)),
 }
 
 
 class Stem(nn.Module):
-    """Convolution of stride 2: images (B, in_chans, H, W) in, (B, C, ceil(H / 2), ceil(W / 2)) out."""
+    """Convolution on the image's own grid: images (B, in_chans, H, W) in, (B, C, H, W) out."""
 
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.conv = nn.Conv2d(in_chans, dim, 3, padding=1, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.act = nn.SiLU()
 
@@ -63,23 +65,15 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """Downsampling (all stages but the first) and blocks: (B, C, H, W) in, (B, C', H', W') out.
+    """Downsampling by 2 and blocks: (B, C, H, W) in, (B, C', ceil(H / 2), ceil(W / 2)) out.
 
     Inside, the layout is (B, H, W, C); outside it is what hooks of feature distillation expect.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        downsample: bool,
-        blocks: list[nn.Module],
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = Downsample(in_dim, dim, device=device, dtype=dtype) if downsample else nn.Identity()
+        self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,11 +127,11 @@ class MambaPKD(nn.Module):
         self.drop_rate = drop_rate
         self.img_size = check_img_size(img_size)
 
-        self.stem = Stem(in_chans, cfg.dims[0], **dd)
+        self.stem = Stem(in_chans, cfg.stem, **dd)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(cfg.depths), stagewise=True)
         self.stages: Any = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
-        in_dim = cfg.dims[0]
+        in_dim = cfg.stem
         for i, (dim, stage_rates) in enumerate(list(zip(cfg.dims, rates, strict=True))[:num_stages]):
             blocks: list[nn.Module] = [
                 MambaBlock(dim, cfg.d_state, cfg.expand, cfg.mlp_ratio, drop_path=rate, **dd)
@@ -145,7 +139,8 @@ class MambaPKD(nn.Module):
                 else InvertedResidual(dim, dim, drop_path=rate, **dd)
                 for rate in stage_rates
             ]
-            self.stages.append(Stage(in_dim, dim, downsample=i > 0, blocks=blocks, **dd))
+            downsample = Downsample(in_dim, dim, **dd) if i else InvertedResidual(in_dim, dim, stride=2, **dd)
+            self.stages.append(Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
             in_dim = dim
 
