@@ -1,6 +1,6 @@
 """Speed of distilling: torchdistill's own loop, `mamba-pkd train` without cached logits, and with them, on one config.
 
-    python benchmarks/cached_logits.py yaml_configs/mnist/progressive.yaml --output runs/cached_logits
+    python -m benchmarks.cached_logits yaml_configs/mnist/progressive.yaml --output runs/cached_logits
 
 All sides train torchdistill's stock box with the same data, views and recipe, one after the other in one command. In
 the first two the teacher (and the earlier students) run at every step; in the third the cache starts empty. Prints, of
@@ -9,12 +9,9 @@ student.
 """
 
 import argparse
-import csv
 import json
 import re
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,9 @@ import torch
 from torchdistill.common.main_util import set_seed
 from tqdm import tqdm
 
+from benchmarks.runs import train
 from timm_mamba_pkd.models import MambaPKDEnsemble
+from timm_mamba_pkd.report import read_csv
 from timm_mamba_pkd.runner.box import build_box
 from timm_mamba_pkd.runner.config import prepare
 from timm_mamba_pkd.runner.evaluate import evaluate_ensemble
@@ -52,10 +51,8 @@ def main() -> None:
     cached = re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{cache}'\n\1rule: ", text)
     args.output.mkdir(parents=True, exist_ok=True)
     totals = []
-    for name, run, side in (("torchdistill", bare, text), ("live", train, text), ("cached", train, cached)):
-        path = args.output / f"{name}.yaml"
-        path.write_text(side)
-        seconds, images, accuracy = run(path, args.flags)
+    for name, run, side in (("torchdistill", bare, text), ("live", trained, text), ("cached", trained, cached)):
+        seconds, images, accuracy = run(side, args.output / name, args.flags)
         totals.append(sum(seconds))
         print(f"{name}: {totals[-1]:.0f} s, {totals[0] / totals[-1]:.2f} times as fast as torchdistill's loop")
         print("  images/s in each stage: " + " ".join(f"{n / s:.0f}" for n, s in zip(images, seconds, strict=True)))
@@ -65,10 +62,12 @@ def main() -> None:
 Speeds = tuple[list[float], list[float], list[float]]
 
 
-def bare(config: Path, flags: list[str]) -> Speeds:
+def bare(config: str, folder: Path, flags: list[str]) -> Speeds:
     """torchdistill's box in the loop of its example script: seconds and images of each stage, top-1 after each k."""
     set_seed(42)
-    job = prepare(config, CPU)
+    path = folder.with_suffix(".yaml")
+    path.write_text(config)
+    job = prepare(path, CPU)
     assert job.teacher is not None and isinstance(job.student, MambaPKDEnsemble)
     if "--channels-last" in flags:
         for model in (job.teacher, job.student):
@@ -89,20 +88,16 @@ def bare(config: Path, flags: list[str]) -> Speeds:
     return seconds, images, evaluate_ensemble(job.student, job.test_loader, CPU)[1]
 
 
-def train(config: Path, flags: list[str]) -> Speeds:
+def trained(config: str, folder: Path, flags: list[str]) -> Speeds:
     """The same of `mamba-pkd train`."""
-    folder = config.with_suffix("")
-    command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(config), "--output", str(folder)]
-    with folder.with_suffix(".log").open("w") as log:
-        subprocess.run([*command, *flags], check=True, stdout=log, stderr=subprocess.STDOUT)
+    train(config, folder, flags)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds, images = [[0.0] * epochs[-1]["stage"] for _ in range(2)]
     for epoch in epochs:
         seconds[epoch["stage"] - 1] += epoch["seconds"]
         images[epoch["stage"] - 1] += epoch["seconds"] * epoch["img_per_s"]
-    with (folder / "results.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["model"].startswith("ensemble_")]
-    return seconds, images, [float(row["top1"]) for row in rows]
+    rows = read_csv(folder / "results.csv")
+    return seconds, images, [row.top1 for row in rows if row.role == "ensemble"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Variants of a progressive config trained at equal budget, one after the other: one table of accuracies over seeds.
+"""Variants of a progressive config trained at equal budget, one after the other: tables of accuracies over seeds.
 
-    python benchmarks/rules.py yaml_configs/digits/progressive.yaml --seeds 42 43 44 --output runs/rules/digits
+    python -m benchmarks.rules yaml_configs/digits/progressive.yaml --seeds 42 43 44 --output runs/rules/digits
 
 Every variant trains the same students for the same epochs on the same views, from the same cached teacher logits, with
 0.5 of cross-entropy on the labels beside the rule's own loss (`independent`: 0.5 of torchdistill's soft loss). Only
@@ -9,15 +9,15 @@ Finished runs are kept: the command goes on where it was stopped.
 """
 
 import argparse
-import csv
 import json
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.runs import train
+from timm_mamba_pkd.report import read_csv
 
 LOGITS = {
     "student_module_path": ".",
@@ -68,19 +68,17 @@ def main() -> None:
             f"{n} views": re.sub(r"(?m)^( +)rule: ", rf"\1views: {{num_views: {n}}}\n\1rule: ", text)
             for n in args.num_views
         }
-    results: dict[str, list[list[float]]] = {}
+    results: dict[str, dict[str, list[list[float]]]] = {"student": {}, "ensemble": {}}
     for name, config in variants.items():
         for seed in args.seeds:
             folder = args.output / f"{name.replace(' ', '_')}_{seed}"
-            if not (folder / "results.csv").exists():
-                train(config, folder, seed, args.output / "cache", args.flags)
-            with (folder / "results.csv").open() as file:
-                rows = list(csv.DictReader(file))
-            results.setdefault(name, []).append(
-                [float(row["top1"]) for row in rows if row["model"].startswith("ensemble_")]
-            )
-            print(f"{name}, seed {seed}: {results[name][-1]}", flush=True)
-    print_table(results, len(args.seeds))
+            train(with_cache(config, args.output / "cache"), folder, ["--seed", str(seed), *args.flags])
+            rows = read_csv(folder / "results.csv")
+            for role, runs in results.items():
+                runs.setdefault(name, []).append([row.top1 for row in rows if row.role == role])
+                print(f"{name}, seed {seed}, {role}: {runs[name][-1]}", flush=True)
+    print_table("each student alone", results["student"], len(args.seeds))
+    print_table("the ensemble after k", results["ensemble"], len(args.seeds))
 
 
 def variant_of(text: str, rule: Any, terms: dict[str, Any]) -> str:
@@ -92,24 +90,16 @@ def variant_of(text: str, rule: Any, terms: dict[str, Any]) -> str:
     return text
 
 
-def train(config: str, folder: Path, seed: int, cache: Path, flags: list[str]) -> None:
-    """One run of mamba-pkd train; a folder that an unfinished run has left is moved aside."""
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.unfinished{sum(1 for _ in folder.parent.iterdir())}"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    config = re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", config))
-    config = re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{cache}'\n\1rule: ", config)
-    path = folder.with_suffix(".yaml")
-    path.write_text(config)
-    command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder)]
-    with folder.with_suffix(".log").open("w") as log:
-        subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=log, stderr=subprocess.STDOUT)
+def with_cache(text: str, folder: Path) -> str:
+    """The config with its logits cached in ``folder`` and no ``dst_ckpt``."""
+    text = re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", text))
+    return re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{folder}'\n\1rule: ", text)
 
 
-def print_table(results: dict[str, list[list[float]]], num_seeds: int) -> None:
-    """Top-1 of the ensemble after each student: mean and, over several seeds, sample standard deviation."""
+def print_table(title: str, results: dict[str, list[list[float]]], num_seeds: int) -> None:
+    """Top-1 after each k: mean and, over several seeds, sample standard deviation."""
     count = max(len(runs[0]) for runs in results.values())
-    print("\n| | " + " | ".join(f"k = {k}" for k in range(1, count + 1)) + " |\n|---|" + "---:|" * count)
+    print(f"\n| {title} | " + " | ".join(f"k = {k}" for k in range(1, count + 1)) + " |\n|---|" + "---:|" * count)
     for name, runs in results.items():
         cells = [
             f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if num_seeds > 1 else "")

@@ -12,8 +12,6 @@ import argparse
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,9 @@ from torch import Tensor, nn
 from torchdistill.models.registry import register_model
 
 from benchmarks.accuracy.image_folder import reading_folders
+from benchmarks.runs import train
 from timm_mamba_pkd.layers import ConvNorm, InvertedResidual
-from timm_mamba_pkd.report import Row, read_csv
+from timm_mamba_pkd.report import read_csv
 
 
 @register_model(key="peer_shufflenet_v2_x0_5")
@@ -77,7 +76,11 @@ def main() -> None:
         text = reading_folders(text, args.image_folder)
     table = ["| model | params (M) | MMACs | top-1 (%) |", "|---|---:|---:|---:|"]
     for name in args.models:
-        rows = [train(with_model(text, name), args.output / f"{name}_{seed}", seed, args.flags) for seed in args.seeds]
+        rows = []
+        for seed in args.seeds:
+            folder = args.output / f"{name}_{seed}"
+            train(with_model(text, name), folder, ["--seed", str(seed), *args.flags])
+            rows.append(read_csv(folder / "results.csv")[0])
         top1 = [row.top1 for row in rows]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         cost = f"{rows[0].param_count:.3f} | {1000 * rows[0].gmacs:.1f}"
@@ -94,20 +97,6 @@ def with_model(text: str, name: str) -> str:
     text, found = re.subn(r"key: 'mamba_pkd_timm_model'\n    kwargs:\n      model_name: .*", model, text)
     assert found == 1, "the config needs one model, by the key mamba_pkd_timm_model"
     return re.sub(r"dst_ckpt: .*", "dst_ckpt:", text)
-
-
-def train(config: str, folder: Path, seed: int, flags: list[str]) -> Row:
-    """The network's row of a run's results; `train` neither repeats a finished run nor goes on by another config."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_suffix(".yaml")
-    path.write_text(config)
-    command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder)]
-    with folder.with_suffix(".log").open("w+") as log:
-        done = subprocess.run([*command, "--seed", str(seed), *flags], stdout=log, stderr=subprocess.STDOUT)
-        log.seek(0)
-        if done.returncode:
-            sys.exit(f"{log.read().splitlines()[-1]}\n(the end of {log.name})")
-    return read_csv(folder / "results.csv")[0]
 
 
 if __name__ == "__main__":
