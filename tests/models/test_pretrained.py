@@ -129,7 +129,7 @@ def test_export_and_select_take_them(tmp_path, monkeypatch, capsys, caplog):
     assert main(["export", "mamba_pkd_s1.mnist", "--format", "hf"]) == 0 and not caplog.records
     loaded = timm.create_model("local-dir:runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist", pretrained=True).eval()
     card = Path("runs/mamba_pkd_s1.mnist/export/mamba_pkd_s1.mnist/README.md").read_text()
-    assert "\n## Results\n" in card and "| mamba_pkd_s1 | student | 1 | 99.25 |" in card and "2026-11-22" in card
+    assert "\n## Results\n" in card and "| mamba_pkd_s1 | student | 1 | 99.12 |" in card and "2026-11-29" in card
     assert "\n## Data\n\n- `mnist/train`: 55000 images" in card and "\n## Recipe\n" in card
     own = create("mamba_pkd_s1.mnist")
     save_weights(own, "own.safetensors")
