@@ -18,4 +18,5 @@ def train(config: str, folder: Path, flags: list[str]) -> None:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
         log.seek(0)
         if done.returncode:
-            sys.exit(f"{log.read().splitlines()[-1]}\n(the end of {log.name})")
+            said = log.read().splitlines() or [f"train ended with exit code {done.returncode}"]
+            sys.exit(f"{said[-1]}\n(the end of {log.name})")

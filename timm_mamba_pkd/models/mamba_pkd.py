@@ -26,8 +26,7 @@ __all__ = ["MambaPKD"]
 
 @dataclass(frozen=True)
 class StudentCfg:
-    """Architecture of a student: widths of the stem, and widths and depths of the stages on 1/2, 1/4 and 1/8 of the
-    image's grid."""
+    """Architecture of a student: width of the stem, widths and depths of the stages on 1/2, 1/4, 1/8 of the grid."""
 
     stem: int
     dims: tuple[int, int, int]
