@@ -1,9 +1,10 @@
 """Convolutional networks of the students' costs, made for 32x32 images, trained as the students are: one table.
 
-    python -m benchmarks.accuracy.peers yaml_configs/cifar10/student_ce.yaml --seeds 42 --output runs/peers
+    python -m benchmarks.accuracy.peers yaml_configs/cifar10/student_ce.yaml --seeds 42 --output runs/peers/ce
+    python -m benchmarks.accuracy.peers yaml_configs/cifar10/progressive_residual.yaml --output runs/peers/distilled
 
-Each network stands in the config where the student stood; all else is the same. Finished runs are kept: the command
-goes on where it was stopped. A config of one's own gets the peers from torchdistill's registry, by `dependencies:
+Each network stands in the config where the students stood, alone; all else is the same. Finished runs are kept: the
+command goes on where it was stopped. A config of one's own gets the peers from timm's registry, by `dependencies:
 [{name: 'benchmarks.accuracy.peers'}]`, with `python -m timm_mamba_pkd train` in the root of the repository. Their
 multiply-accumulates and parameters are those of the public zoo (chenyaofo/pytorch-cifar-models).
 """
@@ -17,8 +18,8 @@ from typing import Any
 
 import timm
 import torchvision
+from timm.models import register_model
 from torch import Tensor, nn
-from torchdistill.models.registry import register_model
 
 from benchmarks.accuracy.image_folder import reading_folders
 from benchmarks.runs import train
@@ -26,31 +27,34 @@ from timm_mamba_pkd.layers import ConvNorm, InvertedResidual
 from timm_mamba_pkd.report import read_csv
 
 
-@register_model(key="peer_shufflenet_v2_x0_5")
-def shufflenet_v2_x0_5(num_classes: int) -> nn.Module:
+@register_model
+def peer_shufflenet_v2_x0_5(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> nn.Module:
     """torchvision's ShuffleNetV2 x0.5 (arXiv 1807.11164) with a stem of stride 1 and no max-pool: 10.9 MMACs."""
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=num_classes)
-    model.conv1[0].stride = (1, 1)  # pyright: ignore[reportArgumentType]
+    model.conv1[0] = nn.Conv2d(in_chans, 24, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
-@register_model(key="peer_mobilenetv2_050")
-def mobilenetv2_050(num_classes: int) -> nn.Module:
+@register_model
+def peer_mobilenetv2_050(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> nn.Module:
     """timm's MobileNetV2 x0.5 (arXiv 1801.04381) with stride 1 in the stem and in the second stage: 28 MMACs."""
-    model: Any = timm.create_model("mobilenetv2_050", num_classes=num_classes)
+    model: Any = timm.create_model("mobilenetv2_050", num_classes=num_classes, in_chans=in_chans)
     model.conv_stem.stride = (1, 1)
     model.blocks[1][0].conv_dw.stride = (1, 1)
     return model
 
 
-@register_model(key="peer_convolutions")
-class Convolutions(nn.Module):
+@register_model
+def peer_convolutions(num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> nn.Module:
     """The students' inverted residuals on every grid, after a stem on the image's own, at s4's budget: 10.9 MMACs."""
+    return Convolutions(num_classes, in_chans)
 
-    def __init__(self, num_classes: int) -> None:
+
+class Convolutions(nn.Module):
+    def __init__(self, num_classes: int, in_chans: int) -> None:
         super().__init__()
-        self.stem = ConvNorm(3, 16, 3)
+        self.stem = ConvNorm(in_chans, 16, 3)
         self.blocks = nn.Sequential()
         for before, dim, depth in ((16, 32, 2), (32, 64, 3), (64, 128, 2)):
             self.blocks.append(InvertedResidual(before, dim, stride=2))
@@ -80,7 +84,7 @@ def main() -> None:
         for seed in args.seeds:
             folder = args.output / f"{name}_{seed}"
             train(with_model(text, name), folder, ["--seed", str(seed), *args.flags])
-            rows.append(read_csv(folder / "results.csv")[0])
+            rows.append(next(row for row in read_csv(folder / "results.csv") if row.role == "student"))
         top1 = [row.top1 for row in rows]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         cost = f"{rows[0].param_count:.3f} | {1000 * rows[0].gmacs:.1f}"
@@ -89,13 +93,10 @@ def main() -> None:
 
 
 def with_model(text: str, name: str) -> str:
-    """The config with another network: one of timm's, or one of torchdistill's registry."""
-    model = f"key: 'mamba_pkd_timm_model'\n    kwargs:\n      model_name: '{name}'"
-    if not timm.is_model(name):
-        model = f"key: '{name}'\n    kwargs:"
-        text = text.replace("{name: 'timm_mamba_pkd'}", "{name: 'timm_mamba_pkd'}, {name: 'benchmarks.accuracy.peers'}")
-    text, found = re.subn(r"key: 'mamba_pkd_timm_model'\n    kwargs:\n      model_name: .*", model, text)
-    assert found == 1, "the config needs one model, by the key mamba_pkd_timm_model"
+    """The config with another network of timm's registry for its students."""
+    text, found = re.subn(r"'mamba_pkd_s\d'(, 'mamba_pkd_s\d')*", f"'{name}'", text)
+    assert found == 1, "the config needs one student, or one list of them"
+    text = text.replace("{name: 'timm_mamba_pkd'}", "{name: 'timm_mamba_pkd'}, {name: 'benchmarks.accuracy.peers'}")
     return re.sub(r"dst_ckpt: .*", "dst_ckpt:", text)
 
 

@@ -403,7 +403,8 @@ def _stems(students: Iterable[Any]) -> tuple[str, ...]:
     """The students' first convolutions, by timm's records of them."""
     found: list[str] = []
     for i, student in enumerate(students):
-        names = getattr(student, "_traits", {}).get("first_conv", student.pretrained_cfg.get("first_conv")) or ()
+        record = getattr(student, "pretrained_cfg", {})  # which a model that a user registered may lack
+        names = getattr(student, "_traits", {}).get("first_conv", record.get("first_conv")) or ()
         found += [f"students.{i}.{name}" for name in ([names] if isinstance(names, str) else names)]
     return tuple(found)
 
