@@ -1,5 +1,6 @@
 """Bridges from torchdistill's registries to timm."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -68,14 +69,15 @@ def test_build_model_takes_torchvision_and_ours():
         build_model({"key": "mamba_pkd_ensemble", "kwargs": {"students": ["mamba_pkd_s9"]}})
 
 
-def optimizer_of(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
-    return get_optimizer(nn.ModuleList([model]), "mamba_pkd_adamw", **kwargs)
+def optimizer_of(model: nn.Module, key: str = "mamba_pkd_adamw", **kwargs: Any) -> torch.optim.Optimizer:
+    return get_optimizer(nn.ModuleList([model]), key, **kwargs)
 
 
-def test_adamw_decays_matrices_only():
+@pytest.mark.parametrize("key", ["mamba_pkd_adamw", "mamba_pkd_muon"])
+def test_matrices_only_decay(key):
     model = MambaPKDEnsemble(["mamba_pkd_s1", "mamba_pkd_s2"], num_classes=3, in_chans=1, img_size=8)
     model.students[1].requires_grad_(False)
-    optimizer = optimizer_of(model, lr=0.002, weight_decay=0.1, betas=(0.8, 0.9))
+    optimizer = optimizer_of(model, key, lr=0.002, weight_decay=0.1, betas=(0.8, 0.9))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(name for name in names.values() if name.startswith("students.0."))  # each once
@@ -107,8 +109,9 @@ def test_adamw_is_torchs():
     torch.testing.assert_close(list(model.parameters()), [weight, bias])
 
 
-def test_adamw_takes_a_model_without_matrices():
-    (group,) = optimizer_of(nn.LayerNorm(3), lr=0.1).param_groups
+@pytest.mark.parametrize("key", ["mamba_pkd_adamw", "mamba_pkd_muon"])
+def test_model_without_matrices(key):
+    (group,) = optimizer_of(nn.LayerNorm(3), key, lr=0.1).param_groups
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 2
 
 
@@ -116,3 +119,45 @@ def test_adamw_takes_a_model_without_matrices():
 def test_adamw_is_fused_unless_told_otherwise(kwargs):
     optimizer = get_optimizer(nn.ModuleList([nn.Linear(2, 2)]), "mamba_pkd_adamw", **kwargs)
     assert bool(optimizer.defaults["fused"]) is (not kwargs)
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    model = MambaPKDEnsemble(["mamba_pkd_s2"], num_classes=5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = optimizer_of(model, "mamba_pkd_muon", lr=0.01, weight_decay=0.0, fallback_lr_scale=3.0)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    orthogonal = 0
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        step, grad = (p - before[name]).double(), p.grad.double()
+        if (p.ndim == 4 and p.shape[1] > 1) or (p.ndim == 2 and "A_log" not in name and min(p.shape) >= 4):
+            step, grad = step.flatten(1), grad.flatten(1)
+            u, s, v = torch.linalg.svd(grad, full_matrices=False)
+            kept = s > 0.02 * s[0]  # which five iterations bring near one
+            along = (u.T @ step @ v.T).diagonal()[kept] / (-0.01 * 0.2 * max(grad.shape) ** 0.5)
+            assert along.min() > 0.5 and along.max() < 1.5, name
+            orthogonal += 1
+        elif "A_log" in name or p.ndim == 1 or p.shape[1] == 1:
+            large = grad.abs() > 1e-4
+            torch.testing.assert_close(step[large], -0.03 * grad.sign()[large], rtol=1e-2, atol=0)
+    assert orthogonal > 10
+
+
+def test_muon_resumes_exactly():
+    results = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = MambaPKDEnsemble(["mamba_pkd_s1"], num_classes=5)
+        optimizer = optimizer_of(model, "mamba_pkd_muon", nesterov=True)
+        for i in range(3):
+            if interrupted and i == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = optimizer_of(model, "mamba_pkd_muon", nesterov=True)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+            optimizer.step()
+        results.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.optim import Muon
 from torch import nn
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
@@ -50,14 +51,39 @@ def adamw_without_state_space_decay(
     implementation runs unless ``fused``, ``foreach`` or ``differentiable`` says otherwise.
     """
     kwargs.setdefault("fused", not (kwargs.get("foreach") or kwargs.get("differentiable")))
-    params = list(params)
-    undecayed = [p for p in params if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
-    skipped = set(map(id, undecayed))
-    groups = [
-        {"params": [p for p in params if id(p) not in skipped], "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
+    matrices, rest = _by_decay(params)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, **kwargs)
+
+
+@register_optimizer(key="mamba_pkd_muon")
+def muon_for_matrices(
+    params: Iterable[nn.Parameter], lr: float = 0.008, weight_decay: float = 0.05, **kwargs: Any
+) -> Muon:
+    """timm's Muon (https://kellerjordan.github.io/posts/muon): orthogonalized updates, weight decay on matrices only.
+
+    What has no matrix to orthogonalize gets AdamW's updates, at ``lr * fallback_lr_scale``: vectors, depthwise
+    convolutions and state space parameters. The parameters without weight decay are those of ``mamba_pkd_adamw``.
+
+    Args:
+        params, lr, weight_decay: torch's meanings; ``lr`` is scaled so that an update is about as large as AdamW's.
+        **kwargs: passed to ``timm.optim.Muon``: ``nesterov``, ``betas``, ``fallback_lr_scale``, ...
+    """
+    matrices, rest = _by_decay(params)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, "use_fallback": True},
+    ]
+    return Muon([group for group in groups if group["params"]], lr=lr, **kwargs)
+
+
+def _by_decay(params: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters with weight decay and those without."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for p in params:
+        (rest if p.ndim <= 1 or getattr(p, "_no_weight_decay", False) else matrices).append(p)
+    return matrices, rest
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
