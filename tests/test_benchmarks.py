@@ -26,7 +26,7 @@ def test_imports(file, monkeypatch):
 )
 def test_peers(name, params, macs, monkeypatch):
     peers = module(ROOT / "benchmarks" / "accuracy" / "peers.py", monkeypatch)
-    ensemble = timm.create_model("mamba_pkd_ensemble", students=[f"peer_{name}"], num_classes=10).eval()
+    ensemble: Any = timm.create_model("mamba_pkd_ensemble", students=[f"peer_{name}"], num_classes=10).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(ensemble(x), ensemble.students[0](x))
     assert sum(p.numel() for p in ensemble.parameters()) / 1e6 == pytest.approx(params, abs=0.001)
