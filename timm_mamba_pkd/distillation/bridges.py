@@ -63,7 +63,8 @@ def muon_for_matrices(
     """timm's Muon (https://kellerjordan.github.io/posts/muon): orthogonalized updates, weight decay on matrices only.
 
     What has no matrix to orthogonalize gets AdamW's updates, at ``lr * fallback_lr_scale``: vectors, depthwise
-    convolutions and state space parameters. The parameters without weight decay are those of ``mamba_pkd_adamw``.
+    convolutions, state space parameters and what timm finds too narrow, such as matrices with a side below 4. The
+    parameters without weight decay are those of ``mamba_pkd_adamw``.
 
     Args:
         params, lr, weight_decay: torch's meanings; ``lr`` is scaled so that an update is about as large as AdamW's.
