@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def variant_of(text: str, rule: Any, terms: dict[str, Any]) -> str:
     text, found = re.subn(r"(?m)^( +)rule: .*", lambda m: f"{m[1]}rule: {json.dumps(rule)}", text)
     criterion = json.dumps({"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}})
     text, criteria = re.subn(r"\bcriterion:\n.*?(?=\n\S)", f"criterion: {criterion}\n", text, count=1, flags=re.DOTALL)
-    assert found == criteria == 1, "the config needs one rule and one criterion, the last of the schedule's sections"
+    if not found == criteria == 1:
+        sys.exit("the config must have one rule and one criterion, the last of the schedule's sections")
     return text
 
 

@@ -15,8 +15,12 @@ def train(config: str, folder: Path, flags: list[str]) -> None:
     path.write_text(config)
     command = [sys.executable, "-m", "timm_mamba_pkd", "train", "--config", str(path), "--output", str(folder), *flags]
     with folder.with_suffix(".log").open("w+") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the run as well, which saves before it ends
+            code = process.wait()
         log.seek(0)
-        if done.returncode:
-            said = log.read().splitlines() or [f"train ended with exit code {done.returncode}"]
+        if code:
+            said = log.read().splitlines() or [f"train ended with exit code {code}"]
             sys.exit(f"{said[-1]}\n(the end of {log.name})")

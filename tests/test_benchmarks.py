@@ -37,6 +37,24 @@ def test_peers(name, params, macs, monkeypatch):
         assert f"'peer_{name}'" in changed and "mamba_pkd_s" not in changed
 
 
+def test_configs_that_do_not_fit_are_said_to_be_so(monkeypatch):
+    text = (ROOT / "yaml_configs" / "cifar10" / "teacher_resnet18.yaml").read_text()
+    peers = module(ROOT / "benchmarks" / "accuracy" / "peers.py", monkeypatch)
+    rules = module(ROOT / "benchmarks" / "rules.py", monkeypatch)
+    with pytest.raises(SystemExit, match=r"must name one of s1 to s7.*this one has 0"):
+        peers.with_model(text, "peer_convolutions")
+    with pytest.raises(SystemExit, match="one rule and one criterion"):
+        rules.variant_of(text, "residual", {})
+    with pytest.raises(SystemExit, match="must read torchvision's CIFAR10"):
+        peers.reading_folders("datasets: {}", Path("data"))
+
+
+def test_a_run_that_fails_ends_with_its_last_line(tmp_path, monkeypatch):
+    runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
+    with pytest.raises(SystemExit, match=r"error: config .*run\.yaml.*\n\(the end of .*run\.log\)"):
+        runs.train("models: {}\n", tmp_path / "run", [])
+
+
 def module(file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT)
     return importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))

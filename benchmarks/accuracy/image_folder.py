@@ -7,6 +7,7 @@ The folder holds train/ and test/, each with a folder per class, as torchvision'
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 
@@ -26,7 +27,8 @@ def reading_folders(text: str, folder: Path) -> str:
         lambda match: f"root: '{(folder / ('train' if match[1] == 'True' else 'test')).as_posix()}'\n",
         text,
     )
-    assert keys == roots > 1, "the config needs torchvision's CIFAR10 for training and for testing"
+    if not keys == roots > 1:
+        sys.exit("the config must read torchvision's CIFAR10 for training and testing, as yaml_configs/cifar10 do")
     return text
 
 

@@ -8,6 +8,7 @@ the batch norms' counters stay as they are. Beside them, as mnist.md, goes what 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def main() -> None:
 
     run = prepare_trained(args.run / "config.yaml")
     ensemble = run.model
-    assert isinstance(ensemble, MambaPKDEnsemble) and ensemble.names == tuple(STUDENTS), "it takes s1 to s7"
+    if not isinstance(ensemble, MambaPKDEnsemble) or ensemble.names != tuple(STUDENTS):
+        sys.exit(f"{args.run} is no run of all seven students ({', '.join(STUDENTS)})")
     load_weights(ensemble, args.run / "weights" / "ensemble.safetensors")
     loader = DataLoader(run.datasets[args.split], 500)
     before = top1(ensemble, loader)

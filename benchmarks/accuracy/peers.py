@@ -13,6 +13,7 @@ import argparse
 import re
 import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def main() -> None:
 def with_model(text: str, name: str) -> str:
     """The config with another network of timm's registry for its students."""
     text, found = re.subn(r"'mamba_pkd_s\d'(, 'mamba_pkd_s\d')*", f"'{name}'", text)
-    assert found == 1, "the config needs one student, or one list of them"
+    if found != 1:
+        sys.exit(f"the config must name one of s1 to s7, or one list of them, in quotes; this one has {found}")
     text = text.replace("{name: 'timm_mamba_pkd'}", "{name: 'timm_mamba_pkd'}, {name: 'benchmarks.accuracy.peers'}")
     return re.sub(r"dst_ckpt: .*", "dst_ckpt:", text)
 
