@@ -19,7 +19,8 @@ def train(config: str, folder: Path, flags: list[str]) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:  # Ctrl-C reaches the run as well, which saves before it ends
-            code = process.wait()
+            process.wait()
+            sys.exit(f"interrupted; the same command goes on (the run's log: {log.name})")
         log.seek(0)
         if code:
             said = log.read().splitlines() or [f"train ended with exit code {code}"]

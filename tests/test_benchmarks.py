@@ -1,6 +1,10 @@
 """The benchmarks find what they import, and the peers are what they are said to be: nothing else runs them."""
 
 import importlib
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,26 @@ def test_a_run_that_fails_ends_with_its_last_line(tmp_path, monkeypatch):
     runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
     with pytest.raises(SystemExit, match=r"error: config .*run\.yaml.*\n\(the end of .*run\.log\)"):
         runs.train("models: {}\n", tmp_path / "run", [])
+
+
+def test_an_interrupt_lets_the_run_save(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nsleep 2\ntouch {tmp_path}/saved\n")
+    python.chmod(0o755)
+    runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
+    monkeypatch.setattr(runs.sys, "executable", str(python))
+    interrupt = threading.Thread(target=interrupt_once_there_is, args=[tmp_path / "begun"], daemon=True)
+    interrupt.start()
+    with pytest.raises(SystemExit, match=r"interrupted; the same command goes on .*run\.log"):
+        runs.train("", tmp_path / "run", [])
+    interrupt.join()
+    assert (tmp_path / "saved").exists()
+
+
+def interrupt_once_there_is(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def module(file: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
