@@ -1,8 +1,5 @@
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_mamba_pkd.layers import MambaBlock
@@ -14,46 +11,32 @@ def seed():
 
 
 def make_block(drop_path: float = 0.0) -> MambaBlock:
-    block = MambaBlock(8, d_state=4, expand=1.5, mlp_ratio=2.5, drop_path=drop_path).eval()
-    for norm in (block.norm1, block.norm2):
-        norm.weight.data.uniform_(0.5, 2)
-        norm.bias.data.normal_()
+    block = MambaBlock(8, d_state=4, expand=1.5, drop_path=drop_path).eval()
+    block.norm.weight.data.uniform_(0.5, 2)
+    block.norm.bias.data.normal_()
+    for conv in (block.local.expand, block.local.depthwise, block.local.project):
+        conv.norm.get_buffer("running_mean").normal_()
+        conv.norm.get_buffer("running_var").uniform_(0.5, 2)
     return block
 
 
-def local(block: MambaBlock, x: Tensor) -> Tensor:
-    """The depthwise convolution as nine shifted products."""
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    height, width = x.shape[1:3]
-    taps = [
-        block.local.weight[:, 0, i, j] * padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
-    ]
-    assert block.local.bias is not None
-    return torch.stack(taps).sum(0) + block.local.bias
-
-
-def branches(block: MambaBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three residual branches' outputs, each computed after the one before has been added."""
-
-    def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-
-    mlp: Any = block.mlp
-    first = local(block, x)
-    second = block.mixer(normalise(x + first, block.norm1.weight, block.norm1.bias))
-    hidden = normalise(x + first + second, block.norm2.weight, block.norm2.bias) @ mlp.fc1.weight.T
-    hidden = hidden + mlp.fc1.bias
-    assert hidden.shape[-1] == 20
-    third = (hidden * hidden.sigmoid()) @ mlp.fc2.weight.T + mlp.fc2.bias
-    return first, second, third
+def branches(block: MambaBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual branches' outputs, the second computed after the first has been added."""
+    centred = x - x.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight + block.norm.bias
+    first = block.mixer(normal)
+    hidden = (x + first).permute(0, 3, 1, 2)
+    for conv in (block.local.expand, block.local.depthwise, block.local.project):
+        hidden = conv(hidden)
+    return first, hidden.permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1), (1, 6)])
-def test_block_is_three_residual_branches(size):
+def test_block_is_two_residual_branches(size):
     block = make_block()
     assert block.mixer.d_inner == 12
     assert block.mixer.d_state == 4
+    assert block.local.depthwise.conv.groups == 16
     x = torch.randn(2, *size, 8)
     torch.testing.assert_close(block(x), x + sum(branches(block, x)))
 
@@ -73,19 +56,21 @@ def test_samples_do_not_mix():
     torch.testing.assert_close(block(x), torch.cat([block(sample[None]) for sample in x]))
 
 
-def test_drop_path_drops_mixer_and_mlp_but_not_the_convolution():
+def test_drop_path_drops_each_branch():
     block = make_block(drop_path=0.5)
     x = torch.randn(200, 2, 2, 8)
-    first, second, third = branches(block, x)
-    torch.testing.assert_close(block(x), x + first + second + third)
-    y = block.train()(x) - x - first
-    is_dropped = (y.abs() < 1e-6).flatten(1).all(1)
-    has_mixer_alone = torch.isclose(y, 2 * second, atol=1e-5).flatten(1).all(1)
-    assert 25 < is_dropped.sum() < 75  # both: a quarter
-    assert 25 < has_mixer_alone.sum() < 75
+    first, second = branches(block, x)
+    torch.testing.assert_close(block(x), x + first + second)
+    block.drop_path.train()  # batch norms stay in eval mode
+    block.local.drop_path.train()
+    y = block(x) - x
+    both_dropped = (y.abs() < 1e-6).flatten(1).all(1)
+    mixer_alone = torch.isclose(y, 2 * first, atol=1e-5).flatten(1).all(1)
+    assert 25 < both_dropped.sum() < 75  # a quarter
+    assert 25 < mixer_alone.sum() < 75
 
 
 def test_device_and_dtype():
-    block = MambaBlock(8, 4, 1.0, 2.0, device="meta", dtype=torch.float64)
+    block = MambaBlock(8, 4, 1.0, device="meta", dtype=torch.float64)
     assert {parameter.dtype for parameter in block.parameters()} == {torch.float64}
     assert block(torch.empty(2, 3, 5, 8, device="meta", dtype=torch.float64)).shape == (2, 3, 5, 8)

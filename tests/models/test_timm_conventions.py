@@ -173,7 +173,7 @@ def test_forward_intermediates():
         true = model.forward_features(x)
         final, features = model.forward_intermediates(x)
         torch.testing.assert_close(final, true, rtol=0, atol=0)
-        assert [feature.shape for feature in features] == [(1, 16, 5, 9), (1, 32, 3, 5), (1, 56, 2, 3)]
+        assert [feature.shape for feature in features] == [(1, 16, 5, 9), (1, 32, 3, 5), (1, 54, 2, 3)]
         for i, feature in enumerate(features):
             torch.testing.assert_close(feature, outputs[i], rtol=0, atol=0)
         _, normalised = model.forward_intermediates(x, norm=True)

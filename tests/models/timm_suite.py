@@ -51,7 +51,7 @@ RUN: dict[str, list[tuple]] = {
     "test_pruned_feature_info_matches_forward": [()],
     "test_freeze_unfreeze_root_parameters": [()],
     "test_param_groups_layer_decay_trunk_layer": [
-        ("stages.1.downsample.pointwise.conv.weight", "stages.1.blocks.0.norm1.weight")
+        ("stages.1.downsample.pointwise.conv.weight", "stages.1.blocks.0.norm.weight")
     ],
 }
 

@@ -33,12 +33,11 @@ class StudentCfg:
     depths: tuple[int, int, int]
     d_state: int = 4
     expand: float = 1.0
-    mlp_ratio: float = 2.0
 
 
 STUDENTS = {
     "mamba_pkd_s1": StudentCfg(stem=8, dims=(12, 20, 32), depths=(0, 1, 1)),
-    "mamba_pkd_s2": StudentCfg(stem=8, dims=(16, 32, 56), depths=(1, 1, 2)),
+    "mamba_pkd_s2": StudentCfg(stem=8, dims=(16, 32, 54), depths=(1, 1, 2)),
     "mamba_pkd_s3": StudentCfg(stem=12, dims=(20, 44, 76), depths=(1, 2, 2)),
     "mamba_pkd_s4": StudentCfg(stem=16, dims=(32, 60, 120), depths=(1, 2, 2)),
     "mamba_pkd_s5": StudentCfg(stem=20, dims=(40, 72, 136), depths=(1, 3, 3)),
@@ -133,7 +132,7 @@ class MambaPKD(nn.Module):
         in_dim = cfg.stem
         for i, (dim, stage_rates) in enumerate(list(zip(cfg.dims, rates, strict=True))[:num_stages]):
             blocks: list[nn.Module] = [
-                MambaBlock(dim, cfg.d_state, cfg.expand, cfg.mlp_ratio, drop_path=rate, **dd)
+                MambaBlock(dim, cfg.d_state, cfg.expand, drop_path=rate, **dd)
                 if i
                 else InvertedResidual(dim, dim, drop_path=rate, **dd)
                 for rate in stage_rates
