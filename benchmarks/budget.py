@@ -2,9 +2,9 @@
 
     python benchmarks/budget.py --batches 1000
 
-Batches of random sizes, each with a budget drawn between what the first student takes and what all of them take, after
-`Budget.measure`, whose time is printed as well. Prints how many batches were within their budgets, by how much the
-others were over, and how much of the budget the batches used.
+Batches of random sizes, each with a budget drawn between what the first student takes and 1.2 times what all of them
+take (or twice what the first takes, if that is more), after `Budget.measure`, whose time is printed as well. Prints how
+many batches were within their budgets, by how much the others were over, and how much of the budget the batches used.
 """
 
 import argparse

@@ -2,16 +2,14 @@
 
     python -m benchmarks.cached_logits yaml_configs/mnist/progressive.yaml --output runs/cached_logits
 
-All sides train torchdistill's stock box with the same data, views and recipe, one after the other in one command. In
-the first two the teacher (and the earlier students) run at every step; in the third the cache starts empty. Prints, of
-each side, the seconds of the training loops, images per second in each stage, and top-1 of the ensemble after each
-student.
+All sides train torchdistill's stock box with the same data, views and recipe, one after the other in one command; the
+first one does not validate, so that from its second epoch on it sees the samples in other orders. In the first two the
+teacher (and the earlier students) run at every step; in the third the cache starts empty. Prints, of each side, the
+seconds of the training loops, images per second in each stage, and top-1 of the ensemble after each student.
 """
 
 import argparse
 import json
-import re
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torchdistill.common.main_util import set_seed
 from tqdm import tqdm
 
-from benchmarks.runs import train
+from benchmarks.runs import add_recipe, text_of_config, train, with_cache
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.report import read_csv
 from timm_mamba_pkd.runner.box import build_box
@@ -32,23 +30,13 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="in the config")
-    parser.add_argument(
-        "--flags", type=shlex.split, default=[], help="of mamba-pkd train: --flags='--channels-last --amp'"
-    )
+    add_recipe(parser)
     args = parser.parse_args()
-    text = args.config.read_text()
-    for old, new in args.replace:
-        if old not in text:
-            parser.error(f"{args.config} has no {old!r}")
-        text = text.replace(old, new)
-    text = re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", text))
+    text = text_of_config(parser, args)
     cache = (args.output / "cache").resolve()
     if cache.exists():
         parser.error(f"{cache} exists: the cache must start empty; choose another --output")
-    cached = re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{cache}'\n\1rule: ", text)
+    cached = with_cache(text, cache)
     args.output.mkdir(parents=True, exist_ok=True)
     totals = []
     for name, run, side in (("torchdistill", bare, text), ("live", trained, text), ("cached", trained, cached)):

@@ -11,13 +11,11 @@ Finished runs are kept: the command goes on where it was stopped.
 import argparse
 import json
 import re
-import shlex
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import train
+from benchmarks.runs import add_recipe, text_of_config, train, with_cache
 from timm_mamba_pkd.report import read_csv
 
 LOGITS = {
@@ -47,28 +45,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--num-views", type=int, nargs="+", help="compare numbers of views (rule: the config's)")
+    add_recipe(parser)
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    compared.add_argument("--num-views", type=int, nargs="+", help="compare numbers of views, by the config's rule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="in the config")
-    parser.add_argument(
-        "--flags", type=shlex.split, default=[], help="of mamba-pkd train: --flags='--channels-last --amp'"
-    )
     args = parser.parse_args()
 
-    text = args.config.read_text()
-    for old, new in args.replace:
-        if old not in text:
-            parser.error(f"{args.config} has no {old!r}")
-        text = text.replace(old, new)
-    variants = {name: variant_of(text, **VARIANTS[name]) for name in args.variants}
+    text = text_of_config(parser, args)
     if args.num_views:
-        variants = {
-            f"{n} views": re.sub(r"(?m)^( +)rule: ", rf"\1views: {{num_views: {n}}}\n\1rule: ", text)
-            for n in args.num_views
-        }
+        views = r"\1views: {{num_views: {}}}\n\1rule: "
+        variants = {f"{n} views": re.sub(r"(?m)^( +)rule: ", views.format(n), text) for n in args.num_views}
+    else:
+        variants = {name: variant_of(text, **VARIANTS[name]) for name in args.variants}
     results: dict[str, dict[str, list[list[float]]]] = {"student": {}, "ensemble": {}}
     for name, config in variants.items():
         for seed in args.seeds:
@@ -90,12 +79,6 @@ def variant_of(text: str, rule: Any, terms: dict[str, Any]) -> str:
     if not found == criteria == 1:
         sys.exit("the config must have one rule and one criterion, the last of the schedule's sections")
     return text
-
-
-def with_cache(text: str, folder: Path) -> str:
-    """The config with its logits cached in ``folder`` and no ``dst_ckpt``."""
-    text = re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", text))
-    return re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{folder}'\n\1rule: ", text)
 
 
 def print_table(title: str, results: dict[str, list[list[float]]], num_seeds: int) -> None:

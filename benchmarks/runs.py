@@ -1,8 +1,36 @@
 """Runs of `mamba-pkd train` that a benchmark compares."""
 
+import argparse
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what to train."""
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--replace", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help="in the config")
+    parser.add_argument(
+        "--flags", type=shlex.split, default=[], help="of mamba-pkd train: --flags='--channels-last --amp'"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+
+
+def text_of_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The config with what ``--replace`` asks for, and without ``dst_ckpt`` and ``cache_dir``."""
+    text = args.config.read_text()
+    for old, new in args.replace:
+        if old not in text:
+            parser.error(f"{args.config} has no {old!r}")
+        text = text.replace(old, new)
+    return re.sub(r"(?m)^ +cache_dir: .*\n", "", re.sub(r"dst_ckpt: .*", "dst_ckpt:", text))
+
+
+def with_cache(text: str, folder: Path) -> str:
+    """The config of a schedule with its logits cached in ``folder``."""
+    return re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{folder}'\n\1rule: ", text)
 
 
 def train(config: str, folder: Path, flags: list[str]) -> None:

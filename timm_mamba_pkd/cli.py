@@ -30,16 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run = argparse.ArgumentParser(add_help=False, parents=[safe])
     run.add_argument("--device", help="device (default: cuda if there is one, else cpu)")
-    run.add_argument("--run_log", help="log file path (default: log.txt in the output folder)")
     run.add_argument("--seed", type=seed, default=42, help="seed in random number generator (default: 42)")
     run.add_argument("-disable_cudnn_benchmark", action="store_true", help="disable torch.backend.cudnn.benchmark")
-    run.add_argument("-student_only", action="store_true", help="test the student model only")
-    run.add_argument("-log_config", action="store_true", help="log config")
     run.add_argument("--amp", action="store_true", help="autocast (also: amp: True under train in the config)")
     run.add_argument("--amp-dtype", choices=["bfloat16", "float16"], help="dtype of autocast (default: bfloat16)")
     run.add_argument("--channels-last", action="store_true", help="channels_last memory layout")
     run.add_argument("--output", help="folder of the run (default: runs/<name of the config>)")
     run.add_argument("--cache-dir", metavar="DIR", help="folder of cached logits, in place of the config's cache_dir")
+    no_teacher = argparse.ArgumentParser(add_help=False)
+    no_teacher.add_argument("-student_only", action="store_true", help="test the student model only")
+    logs = argparse.ArgumentParser(add_help=False)
+    logs.add_argument("--run_log", help="log file path (default of train: log.txt in the output folder)")
+    logs.add_argument("-log_config", action="store_true", help="log config")
     config = argparse.ArgumentParser(add_help=False)
     config.add_argument("--config", required=True, help="yaml file path")
 
@@ -68,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
         "check", parents=[config, run], help="try a config without training: seconds instead of hours"
     )
     check.set_defaults(action=runner.run_check)
-    train = commands.add_parser("train", parents=[config, run], help="train a config's model, or distil its students")
+    train = commands.add_parser(
+        "train", parents=[config, run, no_teacher, logs], help="train a config's model, or distil its students"
+    )
     train.add_argument("--fresh", action="store_true", help="start anew; the run in the output folder moves to old-N")
     train.add_argument(
         "--on-nonfinite", choices=["stop", "skip"], default="stop",
@@ -89,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(action=lambda args: runner.run_train(args) if not args.test_only else runner.run_evaluate(args))
     evaluate = commands.add_parser(
         "evaluate",
-        parents=[run, sizes, kwargs, images],
+        parents=[run, no_teacher, logs, sizes, kwargs, images],
         help="test the trained models of a run, or any timm model with a checkpoint",
     )
     tested = evaluate.add_mutually_exclusive_group(required=True)
@@ -99,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(action=runner.run_evaluate)
     calibrate = commands.add_parser(
         "calibrate",
-        parents=[config, run],
+        parents=[config, run, no_teacher],
         help="fit a run's early exit on its validation split, and test it",
     )
     calibrate.add_argument(

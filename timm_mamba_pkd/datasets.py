@@ -48,6 +48,13 @@ class Digits(Dataset):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
+def transform_of(dataset: Any) -> Any:
+    """The transform of a data set, or of the one within it; None without."""
+    while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "transform", None)
+
+
 def num_classes(dataset: Any) -> int | None:
     """How many classes a data set declares: by torchvision's ``classes`` or timm's ``reader.class_to_idx``.
 

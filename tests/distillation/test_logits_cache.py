@@ -34,6 +34,18 @@ def test_each_view_is_computed_once(tmp_path, loading):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    opened, path_open = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: opened.append(path_open(*args, **kwargs)) or opened[-1])
+    views = views_of(num_views=9)
+    cache = open_cache(tmp_path, Model(), views)
+    for _ in range(2):
+        for epoch in range(9):
+            epoch_through(cache, views, epoch)
+            assert sum(not file.closed for file in opened) <= 4
+    assert cache.misses == cache.hits == 9 * SAMPLES
+
+
 def test_it_is_rounded_to_float16(tmp_path):
     model, views = Model(), views_of()
     images, _, supp_dict = next(iter(DataLoader(views, batch_size=SAMPLES)))

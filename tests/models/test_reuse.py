@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, WeightsError, count_macs, load_weights, save_weights
 from timm_mamba_pkd.models.reuse import Reuse
+from timm_mamba_pkd.report import count_params
 
 NAMES = ["mamba_pkd_s1", "mamba_pkd_s2", "mamba_pkd_s1", "mamba_pkd_s3"]
 SIZE = 9
@@ -77,6 +78,15 @@ def test_more_connections_keep_those_there_are(x):
     torch.testing.assert_close(model(x), before)
     next(model.reuse["3"].parameters()).data[:, 0] += 1  # of the farthest student
     assert not torch.allclose(model(x), before)
+
+
+def test_connections_to_as_many_are_those_there_are(x):
+    model = connected()
+    before = model(x)
+    for position, own in enumerate(model.connections()):
+        if own is not None:
+            model.connect(position, own.num_sources)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
 def test_a_connection_learns(x):
@@ -159,6 +169,14 @@ def test_macs_grow_by_the_convolutions():
     assert count_macs(model.alone(2), shape) == students[2]
     assert count_macs(model.alone(1), shape) == students[0] - heads[0] + students[1] + convolutions[1]
     assert count_macs(model.alone(3), shape) == sum(students) - sum(heads[:3]) + sum(convolutions)
+
+
+def test_parameters_of_a_student_alone_are_those_it_needs():
+    model = make()
+    model.connect(2, 1)
+    needed = (model.students[1], model.students[2], model.reuse["2"])
+    assert count_params(model.alone(2)) == sum(count_params(part) for part in needed)
+    assert count_params(model.first(3)) == count_params(model) - count_params(model.students[3])
 
 
 @pytest.mark.parametrize("had", ["nothing", "the same", "others"])

@@ -34,7 +34,7 @@ def test_side_by_side(flags, tmp_path, capsys, monkeypatch):
         assert float(row["infer_peak_memory"]) > 4 * count_params(model) / 2**20 and float(row["infer_latency"]) > 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == COLUMNS and [line.split()[0] for line in out[1:3]] == names
-    assert "1 MAC = 2 FLOPs" in out[-1] and "3 images a batch, on 1 CPU threads" in out[-1]
+    assert "1 MAC = 2 FLOPs" in out[-1] and "3 images a batch, on 1 CPU thread" in out[-1]
 
 
 BAD = {

@@ -186,6 +186,7 @@ WRONG = {
     "--model mamba_pkd_s1 --checkpoint six.safetensors": "takes images of 6 channels",
     "--model mamba_pkd_s1 --checkpoint w.safetensors --output x": "--output is for evaluate --config",
     "--config c.yaml --num-classes 3": "--num-classes is for evaluate --model",
+    "--config c.yaml --interpolation bicubic": "--interpolation is for evaluate --model",
     "--config c.yaml --model-kwargs a=1": "--model-kwargs is for evaluate --model",
     "--model mamba_pkd_s1 --checkpoint w.safetensors --model-kwargs num_classes=3": "--model-kwargs num_classes has a "
     "flag of its own: --num-classes",

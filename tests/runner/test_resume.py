@@ -14,10 +14,15 @@ from filelock import FileLock
 from torchdistill.core.training import TrainingBox
 from torchvision.datasets import FakeData
 
+from timm_mamba_pkd.runner import commands
 from timm_mamba_pkd.runner import train as training
+from timm_mamba_pkd.runner.check import check
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
+from timm_mamba_pkd.runner.run_folder import RunFolder
 
 pytestmark = pytest.mark.fault
+
+SIDE = {"forward_proc": "forward_batch_only"}
 
 
 @pytest.fixture
@@ -226,6 +231,19 @@ def test_skipping_gives_up(plain, run, errors, monkeypatch):
     assert "10 batches of this stage have been skipped before; the last good checkpoint is " in error
 
 
+def test_what_torchdistill_saves_between_stages_stays(progressive, build, run, signal_at, tmp_path):
+    """`student.dst_ckpt` beside the stages is not written again, with the weights that a resumed run begins with."""
+    saved = tmp_path / "stage.pt"
+    stages = {f"stage{n}": build.stage(teacher={**SIDE, "requires_grad": False}, student=SIDE) for n in (1, 2)}
+    progressive["train"] = {"log_freq": 1, "student": {"dst_ckpt": str(saved)}, **stages}
+    signal_at(training.Trainer, "_step", 5)
+    assert run(progressive)[0] == 143
+    before = saved.read_bytes()
+    saved.unlink()
+    assert run(progressive)[0] == 0
+    assert before and not saved.exists()
+
+
 def nan_in_call(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     """The loss is nan in these training steps (from 1); the two steps of the check before do not count."""
     forward, calls = TrainingBox.forward_process, [-2]
@@ -263,6 +281,21 @@ def test_two_runs_in_one_folder(plain, run, signal_at, errors, capsys):
         assert errors() == [f"another run is writing in {folder}: wait, or choose another --output"]
         assert run(plain, "--fresh")[0] == 2
     assert run(plain)[0] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_a_run_that_starts_while_another_is_being_checked(flags, plain, run, errors, monkeypatch, tmp_path):
+    """In an empty folder: the files of the one that was first stay as they are."""
+
+    def slow_check(*args: Any, **kwargs: Any) -> Any:
+        RunFolder(tmp_path / "run").create("the other's", None, {}, {})
+        return check(*args, **kwargs)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(commands, "check", slow_check)
+    code, folder = run(plain, *flags)
+    assert code == 2 and errors() == [f"another run has just started in {folder}: choose another --output"]
+    assert (folder / "config.yaml").read_text() == "the other's" and not (folder / "old-1").exists()
 
 
 def test_a_run_killed_before_it_trained(plain, run, tmp_path):

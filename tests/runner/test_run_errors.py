@@ -157,6 +157,13 @@ def test_run_log_that_is_a_directory(command, plain, run, capsys, tmp_path):
     assert error_of(capsys) == f"--run_log {tmp_path} is a directory: name a file"
 
 
+@pytest.mark.parametrize("flag", ["--run_log=log.txt", "-log_config", "-student_only"])
+def test_flags_that_check_would_not_look_at(flag, plain, run, capsys):
+    with pytest.raises(SystemExit):
+        run(plain, flag, command="check")
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
 def test_an_output_that_is_a_file(plain, run, capsys, tmp_path):
     output = tmp_path / "mine.txt"
     output.write_text("mine")

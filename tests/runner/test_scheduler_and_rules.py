@@ -55,6 +55,19 @@ def test_schedulers_that_are_fine(scheduler, progressive, run):
     assert run(progressive, command="check")[0] == 0
 
 
+@pytest.mark.parametrize(("accumulated", "every", "steps"), [(1, 2, 4), (2, 1, 4), (3, 2, 1), (2, 3, 1)])
+def test_schedulers_that_do_not_step_at_every_batch(accumulated, every, steps, progressive, run, errors):
+    """Of 9 batches in 3 epochs: the count goes on from epoch to epoch, and the optimizer's step must be due as well."""
+    schedule(progressive)["optimizer"]["grad_accum_step"] = accumulated
+    for total in (steps, steps - 1):
+        scheduler = {"key": "LinearLR", "kwargs": {"total_iters": 2}, "scheduling_step": every}
+        if total > 0:
+            scheduler |= {"key": "OneCycleLR", "kwargs": {"max_lr": 0.1, "total_steps": total}}
+        schedule(progressive).update(num_epochs=3, scheduler=scheduler)
+        assert run(progressive, output=f"for_{total}")[0] == (2 if 0 < total < steps else 0)
+    assert steps == 1 or f"made for {steps - 1} steps, but the stage takes {steps}" in errors()[0]
+
+
 RULES = """
 import torch
 from timm_mamba_pkd.distillation import Rule

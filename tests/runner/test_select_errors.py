@@ -50,6 +50,7 @@ def no_compute(monkeypatch):
         (["run", "--models", "local-dir:nowhere"], "model local-dir:nowhere cannot be created"),
         (["run", "--models", "mamba_pkd_s1=rgb.safetensors"], "mamba_pkd_s1 cannot take images of 1x8x8"),
         (["run", "--img-size", "8"], "--img-size is that of the run in run: leave it out"),
+        (["run", "--interpolation", "box"], "--interpolation is that of the run in run: leave it out"),
         (["--models", "mamba_pkd_s1=two.safetensors"], "there are no labelled samples: name a folder"),
         (["--models", "mamba_pkd_s1=two.safetensors", "--data-root", "images"], "images has 3 classes, mamba_pkd_s1 2"),
         (["--models", "mamba_pkd_s1=two.safetensors", "--data-root", "images/a"], "images/a has no labels"),

@@ -1,12 +1,15 @@
 """The disk space of a run: estimated before it, and asked for."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from timm_mamba_pkd.runner.check import StageEstimate, check
 from timm_mamba_pkd.runner.config import prepare
+from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.space import require_space, run_bytes, size
 
 CPU = torch.device("cpu")
@@ -27,6 +30,11 @@ def test_disk(progressive, run, write, monkeypatch, errors, tmp_path):
     assert run_bytes(job, [first, second], averages=True) == 3 * parameters + 60 + 90 + 3 * 90
     written = 3 * parameters + 330
     assert require_space(job, Path("runs/new/folder"), [first, second]) == (written, 2000)
+    here = [replace(stage, cache_dir="runs/new/folder") for stage in (first, second)]
+    with monkeypatch.context() as patch:  # where caches are in the run's own folder, all must fit there
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": written + 1999}))
+        with pytest.raises(ConfigError, match="the run needs about"):
+            require_space(job, Path("runs/new/folder"), here)
     total = run_bytes(job, check(job, CPU))
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))

@@ -15,6 +15,7 @@ from timm.data import create_dataset
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms
 
+from timm_mamba_pkd.cli import main
 from timm_mamba_pkd.distillation.views import Stream
 from timm_mamba_pkd.runner import train as training
 from timm_mamba_pkd.runner.streams import ReadableStream, first_samples, open_stream, start_epoch
@@ -122,6 +123,14 @@ def test_a_progressive_run(progressive, run, streaming, tmp_path):
     assert run(progressive, output="again")[0] == 0
     path = Path("weights") / "ensemble.safetensors"
     assert (output / path).read_bytes() == (tmp_path / "again" / path).read_bytes()
+
+
+def test_a_run_on_streams_is_exported_with_its_images(plain, run, streaming, capsys):
+    streaming(plain)
+    code, folder = run(plain)
+    assert code == 0
+    assert main(["export", str(folder), "--format", "hf"]) == 0
+    assert "(test images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -75,6 +75,27 @@ def shades(loader: DataLoader) -> list[int]:
             batches._shutdown_workers()
 
 
+class LittleMemory(Dataset):
+    """Its sample 3 is broken, and its sample 4 does not fit into memory."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index in (3, 4):
+            raise OSError if index == 3 else MemoryError
+        return index
+
+
+@pytest.mark.parametrize("index", [3, 4])
+def test_memory_that_runs_out_is_no_unreadable_image(index):
+    """Neither at an image nor at the one that takes its place."""
+    data = Readable(LittleMemory(), "d", training=True)
+    with pytest.raises(MemoryError):
+        data[index]
+    assert data.unreadable == [3] * (index == 3)
+
+
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_training_replaces_and_names(kind, folder, caplog, breakage):
     data = Readable(kind(folder), "d", training=True)

@@ -24,6 +24,7 @@ from timm_mamba_pkd.models.state_dict import fingerprint
 logger = logging.getLogger(__name__)
 
 PROBES = 8
+OPEN_FILES = 4  # of a cache, one for each view; an epoch reads one
 
 
 class CacheError(ValueError):
@@ -164,6 +165,8 @@ class LogitsCache:
     def _file(self, view: int) -> FileIO:
         """The open file of a view; it is made where there is none, or a damaged one."""
         if view not in self._files:
+            if len(self._files) == OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
             path = self.folder / f"view_{view:04d}.npy"
             try:
                 file = self._load(path)

@@ -188,7 +188,7 @@ class MambaPKDEnsemble(nn.Module):
     def connect(self, position: int, num_sources: int) -> None:
         """Let the student at ``position`` (from 0) reuse the features of the ``num_sources`` students before it.
 
-        Connections that it has keep their weights, new ones start at zero.
+        Connections that it has to no more students than that keep their weights, new ones start at zero.
 
         Raises:
             ValueError: there are fewer students before it, or one of them is none of ours.
@@ -200,7 +200,7 @@ class MambaPKDEnsemble(nn.Module):
         models = self.students[position - num_sources : position + 1]
         new = Reuse(models[-1], list(models)[:-1])
         known = self.connections()[position]
-        if known is not None and known.num_sources < num_sources:
+        if known is not None and known.num_sources <= num_sources:
             new.take_over(known)
         self.reuse[str(position)] = new
 

@@ -1,8 +1,8 @@
 """Mamba students s1 (smallest) to s7 (largest) for progressive distillation, in timm's dialect.
 
 Paper: Mamba-PKD, https://arxiv.org/abs/2503.01727. Its architecture is not public; this one is ours: a
-convolutional stem on the full grid of images of 28 to 64 pixels, inverted residuals on half of it, and bidirectional
-Mamba blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
+convolutional stem on the image's own grid (small images are meant, of 28 to 64 pixels), inverted residuals on half of
+it, and bidirectional Mamba blocks (arXiv 2312.00752, 2401.09417) on the two coarser ones.
 """
 
 from collections.abc import Mapping

@@ -33,7 +33,7 @@ class Reuse(nn.Module):
 
     @torch.no_grad()
     def take_over(self, fewer: "Reuse") -> None:
-        """Take the weights of connections to fewer, nearer sources."""
+        """Take the weights of connections to as many, or fewer and nearer, sources."""
         for own, other in zip(self.projections, fewer.projections, strict=True):
             own.weight[:, -other.weight.shape[1] :] = other.weight  # pyright: ignore
 

@@ -20,9 +20,18 @@ class Students(nn.Module):
     def __init__(self, ensemble: Any, positions: Sequence[int]) -> None:
         super().__init__()
         count = positions[-1] + 1
+        connections = ensemble.connections()[:count]
+        needed = set(positions)
+        for i in reversed(range(count)):
+            if i in needed and connections[i] is not None:
+                needed.update(range(i - connections[i].num_sources, i))
         self.positions = tuple(positions)
-        self.students = ensemble.students[:count]
-        self.reuse = nn.ModuleList(own or nn.Identity() for own in ensemble.connections()[:count])
+        self.students: Any = nn.ModuleList(
+            own if i in needed else nn.Identity() for i, own in enumerate(ensemble.students[:count])
+        )
+        self.reuse = nn.ModuleList(
+            own if own is not None and i in needed else nn.Identity() for i, own in enumerate(connections)
+        )
         self.register_buffer("weights", ensemble.weights if len(self.positions) == count else None)
         self.training = ensemble.training
 

@@ -97,7 +97,7 @@ def _truncated(library: Path) -> bool:
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the backend cannot serve on a device; None if it can. Shapes alone ("meta") it always can."""
+    """Why the backend cannot serve on a device; None if it can. Shapes alone ("meta") are as the CPU."""
     if device.type not in ("cpu", "meta"):
         return f"it runs on the CPU, not on {device}"
     library = _load()

@@ -13,7 +13,7 @@ class WeightAverage:
     """The exponential moving average of what a stage trains, from its first step on.
 
     Args:
-        model: what is trained; the average starts from its weights.
+        model: what is trained; the average starts from its weights after the first step.
         decay: share of the average that a step keeps.
     """
 

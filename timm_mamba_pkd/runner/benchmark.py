@@ -10,7 +10,7 @@ import torch
 
 from timm_mamba_pkd.models import count_macs
 from timm_mamba_pkd.report import count_params, measure_latency, measure_peak_memory, median_time
-from timm_mamba_pkd.runner.device import find_device
+from timm_mamba_pkd.runner.device import find_device, name_of
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.named import create_named
 from timm_mamba_pkd.runner.run_folder import make_folder, new_folder
@@ -48,7 +48,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         results.append({"model": name, **measured})
         model.cpu()
     print(_to_text(results))
-    print(f"{CONVENTIONS}. {args.batch_size} images a batch, on {_describe(device)}.")
+    print(f"{CONVENTIONS}. {args.batch_size} images a batch, on {name_of(device)}.")
     if results_file is not None:
         make_folder(results_file.parent)
         with results_file.open("x", newline="") as file:
@@ -106,7 +106,3 @@ def _to_text(results: list[Result]) -> str:
         + "\n"
         for row in cells
     )
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

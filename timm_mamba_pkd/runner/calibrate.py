@@ -18,10 +18,8 @@ from timm_mamba_pkd.files import write_file
 from timm_mamba_pkd.models import (
     Confidence,
     MambaPKDEnsemble,
-    WeightsError,
     confidence,
     count_macs,
-    load_weights,
     save_weights,
 )
 from timm_mamba_pkd.models.calibration import Point, exits, fit_temperatures, trade_off
@@ -37,6 +35,7 @@ from timm_mamba_pkd.runner.progress import progress
 from timm_mamba_pkd.runner.record import describe_start
 from timm_mamba_pkd.runner.run_folder import RunFolder, make_folder, move_to_old
 from timm_mamba_pkd.runner.set_up import device_of, run_folder, set_up
+from timm_mamba_pkd.runner.trained import load_trained
 from timm_mamba_pkd.runner.validation import validation_split
 
 logger = logging.getLogger(__name__)
@@ -87,10 +86,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         if len(ensemble.students) < 2:
             raise ConfigError(f"{job.source.path} trains a single student: early exit needs several")
         split, loader = _validation(job)
-        try:
-            load_weights(ensemble, run.weights("ensemble"))
-        except WeightsError as error:
-            raise ConfigError(str(error)) from error
+        load_trained(ensemble, run.weights("ensemble"))
         if ensemble.active_positions != list(range(len(ensemble.students))):
             names = ", ".join(str(position + 1) for position in ensemble.active_positions)
             raise ConfigError(

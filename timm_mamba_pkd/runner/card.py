@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from timm_mamba_pkd.runner.device import threads
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.streams import public_class
@@ -30,12 +31,13 @@ def sections_of_run(run: RunFolder, config: Trained) -> dict[str, str]:
         if not isinstance(images, list)  # not the lists of splits that torchdistill builds on the way
         for kind in [_class_of(images)]
     ] or [f"- `{name}`" for name in config.dataset_ids]
+    command = " ".join(["mamba-pkd train --config config.yaml", *_flags(run)])
     versions = " and ".join(f"{name} {metadata.version(name)}" for name in ("timm_mamba_pkd", "torchdistill"))
     text = run.config.read_text(encoding="utf-8")
     return {
         "Results": f"The run that this model is of{_begun(run)}:\n\n{results.read_text(encoding='utf-8').strip()}",
         "Data": "\n".join(data),
-        "Recipe": f"`mamba-pkd train --config config.yaml`, {versions}:\n\n```yaml\n{text.strip()}\n```",
+        "Recipe": f"`{command}`, {versions}:\n\n```yaml\n{text.strip()}\n```",
     }
 
 
@@ -52,4 +54,12 @@ def _begun(run: RunFolder) -> str:
     if start is None:
         return ""
     on = start["hardware"]
-    return f", begun on {start['time'][:10]}, {on.get('gpu', on['cpu'])}, {on['threads']} CPU threads"
+    return f", begun on {start['time'][:10]}, {on.get('gpu', on['cpu'])}, {threads(on['threads'])}"
+
+
+def _flags(run: RunFolder) -> list[str]:
+    """What a run was begun with, as on its command line, where that is recorded."""
+    if not run.record.is_file():
+        return []
+    given = {flag: value for flag, value in run.flags.items() if value is not None and value is not False}
+    return [flag if value is True else f"{flag} {value}" for flag, value in given.items()]

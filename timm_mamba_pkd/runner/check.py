@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,12 @@ from timm_mamba_pkd.distributed import world
 from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.runner.batches import Batches
 from timm_mamba_pkd.runner.box import build_box
-from timm_mamba_pkd.runner.config import Job, stages
+from timm_mamba_pkd.runner.config import Job, local_file, require_known_labels, stages
 from timm_mamba_pkd.runner.destination import require_separate
-from timm_mamba_pkd.runner.device import autocast
+from timm_mamba_pkd.runner.device import autocast, keep_logits_in_float32
 from timm_mamba_pkd.runner.errors import ConfigError, explain, first_line, ignored_parameter, no_parameter, parameters
 from timm_mamba_pkd.runner.random_state import random_state, set_random_state
-from timm_mamba_pkd.runner.step import require_our_step
+from timm_mamba_pkd.runner.step import require_our_step, trained_parameters
 from timm_mamba_pkd.runner.streams import unshuffled
 from timm_mamba_pkd.runner.tracking import require_tracker
 from timm_mamba_pkd.runner.training_state import Progress, capture, copy_buffers, put_back
@@ -98,9 +98,8 @@ def _copy(job: Job, amp: torch.dtype | None) -> Job:
     train = {key: train[key] for key in train if key.startswith("stage")} or train
     teacher, student, train = copy.deepcopy((job.teacher, job.student, train))
     trial = dataclasses.replace(job, teacher=teacher, student=student, config={**job.config, "train": train})
-    for model in (teacher, student) if amp is not None else ():
-        if model is not None:
-            model.register_forward_hook(lambda module, args, output: output.float())  # as `train` does
+    if amp is not None:
+        keep_logits_in_float32(teacher, student)
     return trial
 
 
@@ -159,8 +158,7 @@ def _try_stages(
 
 def _checkpoint_sizes(job: Job, box: Any) -> dict[str, int]:
     """Of a checkpoint of the stage, with two numbers of the optimizer for each trained one, as AdamW has them."""
-    parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in trained_parameters(box.optimizer))
     state = _tensor_bytes(capture(job, box, Progress(), random_state()))
     accumulated = trained if box.grad_accum_step > 1 else 0
     return {"checkpoint_bytes": state + 2 * trained + accumulated, "trained_bytes": trained}
@@ -226,9 +224,11 @@ def _try_step(
     """Forward, loss and backward of one batch, without a step of the optimizer; the seconds it took, and the loss."""
     images, targets, supp_dict = batch
     criterion = ("train", stage, "criterion")
-    if not targets.is_floating_point() and targets.max() >= job.num_classes:
-        message = f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
-        raise ConfigError(message, at=("models", job.student_role))
+    try:
+        require_known_labels(targets, job.num_classes)
+    except ConfigError as error:
+        error.at = ("models", job.student_role)
+        raise
     if targets.is_floating_point() and targets.shape[1:] != (job.num_classes,):
         message = f"train.{stage}: views mix labels of {targets.shape[-1]} classes, the models have {job.num_classes}"
         raise ConfigError(message, at=("train", stage, "train_data_loader"))
@@ -314,7 +314,9 @@ def _check_scheduler(box: Any, stage: dict[str, Any], name: str, steps_of_epoch:
     scheduler, every = box.lr_scheduler, box.scheduling_step
     if scheduler is None:
         return
-    steps = stage["num_epochs"] * (steps_of_epoch // every if every and every > 0 else 1)
+    steps = stage["num_epochs"]
+    if every > 0:  # the count of batches goes on from epoch to epoch, and only a step of the optimizer's looks at it
+        steps = steps * steps_of_epoch // math.lcm(every, box.grad_accum_step)
     total = getattr(scheduler, "total_steps", None)
     at = ("train", name, "scheduler")
     if total is not None and steps > total:
@@ -352,8 +354,8 @@ def _check_schedule(job: Job) -> None:
 def _check_files(stage: dict[str, Any]) -> None:
     """torchdistill trains on without weights that it does not find."""
     for role in ("teacher", "student", "model"):
-        path = (stage.get(role) or {}).get("src_ckpt")
-        if path and not str(path).startswith(("http://", "https://")) and not Path(path).expanduser().is_file():
+        path = local_file((stage.get(role) or {}).get("src_ckpt"))
+        if path is not None and not path.is_file():
             raise ValueError(f"{role}: weights file {path} does not exist")
 
 

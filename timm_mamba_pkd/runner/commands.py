@@ -14,7 +14,7 @@ import torch
 from timm_mamba_pkd import distributed
 from timm_mamba_pkd.distillation import CacheError
 from timm_mamba_pkd.files import WriteError
-from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.ops import BACKENDS, VARIABLE, native
 from timm_mamba_pkd.report import Row, plot_accuracy_against_macs, plot_curves, read_csv, read_metrics, to_text
 from timm_mamba_pkd.runner.check import StageEstimate, check
@@ -22,6 +22,7 @@ from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import explaining, require_backend
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.destination import is_own, require_free, require_own
+from timm_mamba_pkd.runner.device import name_of
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.evaluate_named import evaluate_named
 from timm_mamba_pkd.runner.expand import expand
@@ -35,6 +36,7 @@ from timm_mamba_pkd.runner.space import require_space, size
 from timm_mamba_pkd.runner.time_left import duration
 from timm_mamba_pkd.runner.tracking import tracking
 from timm_mamba_pkd.runner.train import Options, Trainer
+from timm_mamba_pkd.runner.trained import load_trained
 from timm_mamba_pkd.runner.unreadable import report_unreadable
 
 logger = logging.getLogger(__name__)
@@ -102,10 +104,13 @@ def run_train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack: ExitStack) -> None:
     flags = {f"--{name}": getattr(args, name.replace("-", "_")) for name in FLAGS_OF_A_RUN}
-    resuming, table = False, None
+    begun, resuming, table = False, False, None
     with distributed.failing_together(ConfigError):
         if distributed.is_main():
-            resuming = _claim(args, run, flags, stack)
+            if run.path.exists() and not run.path.is_dir():
+                raise ConfigError(f"--output {run.path} is a file: name a folder")
+            begun = run.begun
+            resuming = begun and _claim(args, run, flags, stack)
             table = _table(run) if resuming and run.finished else None
     resuming, table = distributed.broadcast((resuming, table))
     if table is not None:
@@ -131,7 +136,9 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
                 make_folder(destination.parent)
             if not resuming:
                 with _keeping(run):
-                    _begin(args, job, run, flags, stack)
+                    if not begun:
+                        _claim_new(run, stack)
+                    _begin(args, job, run, flags)
     decay = args.model_ema_decay if args.model_ema else None
     options = Options(amp, args.torchcompile, decay, args.on_nonfinite, args.sync_bn, args.safe_config)
     log = logging_to(args.run_log or run.log) if distributed.is_main() else nullcontext()
@@ -147,18 +154,22 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
 
 
 def _claim(args: argparse.Namespace, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> bool:
-    """Whether the run in the folder, which is locked if there is one, is to go on."""
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"--output {run.path} is a file: name a folder")
-    if run.begun:
-        stack.enter_context(run.locked())
-    resuming = run.begun and not run.abandoned and not args.fresh
+    """Lock the folder of a run; whether that run is to go on."""
+    stack.enter_context(run.locked())
+    resuming = not run.abandoned and not args.fresh
     if resuming:
         if not run.config.exists() or not run.record.exists():
             raise ConfigError(f"{run.path} holds a run that cannot be resumed: choose another --output, or --fresh")
         run.require_same(args.config, flags, "go on with the same, choose another --output, or start anew with --fresh")
         run.require_folders()
     return resuming
+
+
+def _claim_new(run: RunFolder, stack: ExitStack) -> None:
+    """Lock a folder that held no run when the command began."""
+    stack.enter_context(run.locked())
+    if run.begun:
+        raise ConfigError(f"another run has just started in {run.path}: choose another --output")
 
 
 def _table(run: RunFolder) -> str:
@@ -178,13 +189,8 @@ def _keeping(run: RunFolder) -> Iterator[None]:
         raise ConfigError(f"{error}; {Checkpoints(run.checkpoints).last_in_words()}") from error
 
 
-def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any], stack: ExitStack) -> None:
+def _begin(args: argparse.Namespace, job: Job, run: RunFolder, flags: dict[str, Any]) -> None:
     """Start a run in an empty folder, or beside an old one that ``--fresh`` moves away."""
-    begun = run.begun
-    if not begun:
-        stack.enter_context(run.locked())
-        if run.begun:
-            raise ConfigError(f"another run has just started in {run.path}: choose another --output")
     expanded, inputs = _expanded(args, job), describe_inputs(job)  # the config may be one of the files to move
     if args.fresh:
         old = run.move_away(*(path for path in [job.destination] if path is not None and is_own(path, run)))
@@ -212,8 +218,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise ConfigError("evaluate --model works in one process: start it without torchrun")
         evaluate_named(args)
         return
-    flags = ("data_root", "dataset", "num_classes", "in_chans", "img_size", "model_kwargs", "mean", "std", "crop_pct")
-    _refuse(args, flags, "--model")
+    sizes, transform = ("num_classes", "in_chans", "img_size"), ("mean", "std", "crop_pct", "interpolation")
+    _refuse(args, ("data_root", "dataset", *sizes, "model_kwargs", *transform), "--model")
     run, device = run_folder(args), device_of(args)
     with distributed.process_group(device):
         job, amp = set_up(args, device)
@@ -222,11 +228,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if checkpoint.parent == run.weights("").parent and not run.finished:
             logger.warning("The run in %s has not finished: these are its weights so far", run.path)
         with distributed.failing_together(ConfigError):
-            try:
-                load_weights(job.student, checkpoint)
-            except WeightsError as error:
-                raise ConfigError(str(error)) from error
+            load_trained(job.student, checkpoint)
         with logging_to(args.run_log) if args.run_log and distributed.is_main() else nullcontext():
+            if args.log_config:
+                logger.info(job.config)
             _test(args, job, device, amp)
 
 
@@ -294,6 +299,5 @@ def _test(args: argparse.Namespace, job: Job, device: torch.device, amp: torch.d
 
 
 def _report(args: argparse.Namespace, run: RunFolder, device: torch.device, rows: list[Row]) -> None:
-    cpu = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    report(rows, run, torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, args.seed)
+    report(rows, run, name_of(device) + f" ({platform.machine()})" * (device.type == "cpu"), args.seed)
     print(f"\nReport (tables, and plots where matplotlib is installed): {run.path}")

@@ -134,6 +134,17 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
     return Job(source, warnings, config, teacher, student, test_loader, size, num_classes, topk)
 
 
+def model_name(entry: dict[str, Any]) -> str:
+    """The name in timm, or else the key, of a model's entry in a config."""
+    return str((entry.get("kwargs") or {}).get("model_name", entry["key"]))
+
+
+def require_known_labels(targets: torch.Tensor, num_classes: int) -> None:
+    """Raise a ConfigError if one of the labels (B,) is none of the models' classes; shares of classes pass."""
+    if not targets.is_floating_point() and targets.max() >= num_classes:
+        raise ConfigError(f"the data has label {targets.max()}, the models have {num_classes} classes: set num_classes")
+
+
 def stages(train_config: dict[str, Any]) -> list[dict[str, Any]]:
     """The stage configs of a ``train`` section in order; a section without stages is one stage."""
     if "stage1" not in train_config:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from timm_mamba_pkd.ops import resolve
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
@@ -11,6 +12,13 @@ from timm_mamba_pkd.runner.errors import ConfigError, first_line
 def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
     """The context of automatic mixed precision in the dtype ``amp``; None is full precision."""
     return torch.autocast(device.type, amp, enabled=amp is not None)
+
+
+def keep_logits_in_float32(*models: nn.Module | None) -> None:
+    """Have losses see float32 logits under autocast, as in timm and accelerate."""
+    for model in models:
+        if model is not None:
+            model.register_forward_hook(lambda module, args, output: output.float())
 
 
 def find_device(name: str | None) -> torch.device:
@@ -29,6 +37,15 @@ def find_device(name: str | None) -> torch.device:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return device
+
+
+def name_of(device: torch.device) -> str:
+    """Of a GPU; of the CPU, how many threads compute."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads(torch.get_num_threads())
+
+
+def threads(count: int) -> str:
+    return f"{count} CPU thread{'s' * (count != 1)}"
 
 
 def precision(amp: bool, amp_dtype: str | None, by_config: torch.dtype | None = None) -> torch.dtype | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from timm_mamba_pkd.distillation import unknown_name
+
 Keys = tuple[str, ...]
 
 LONGEST = 1000
@@ -65,9 +67,8 @@ def explain(error: BaseException) -> str:
         return f"{message} is missing or unknown"
     unregistered = re.fullmatch(r"No (.+) `(.*)` registered", message)
     if unregistered is not None:
-        known = sorted({name for frame in frames[-2:] for table in _tables(frame) for name in table})
-        near = known if len(known) <= 12 else difflib.get_close_matches(unregistered[2], known, n=5, cutoff=0.5)
-        return f"unknown {unregistered[1]} '{unregistered[2]}'" + (f"; known: {', '.join(near)}" if near else "")
+        known = {name for frame in frames[-2:] for table in _tables(frame) for name in table}
+        return unknown_name(unregistered[1], unregistered[2], known)
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -19,6 +18,7 @@ from timm_mamba_pkd.deploy import FORMATS, quantize_onnx, sections_of_tag, write
 from timm_mamba_pkd.files import rename_to_new
 from timm_mamba_pkd.report import median_time
 from timm_mamba_pkd.runner.card import sections_of_run
+from timm_mamba_pkd.runner.device import threads
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.export_cascade import export_cascade
@@ -78,7 +78,7 @@ def run_export(args: argparse.Namespace) -> None:
         images = comparison_images(subject)
         with torch.inference_mode():
             eager_time = median_time(lambda: subject.eager(images["random"][:1]), repeats=200)
-        print(f"{subject.name}: {eager_time:.3g} ms an image in eager PyTorch, {torch.get_num_threads()} CPU threads")
+        print(f"{subject.name}: {eager_time:.3g} ms an image in eager PyTorch, {threads(torch.get_num_threads())}")
         for kind, path in paths.items():
             with _whole(path) as partial:
                 if kind == "hf":
@@ -179,10 +179,7 @@ def _print(partial: Path, path: Path, found: str) -> None:
 def _normalisation(subject: Subject) -> dict[str, tuple[float, ...]]:
     """``mean`` and ``std`` of the test images' transforms, if they are torchvision's; none where there is no config."""
     config = subject.config
-    data: Any = None if config is None or config.test_loader is None else config.test_loader.dataset
-    while not hasattr(data, "transform") and hasattr(data, "dataset"):
-        data = data.dataset
-    transform = getattr(data, "transform", None if config is None else config.transform)
+    transform = None if config is None else config.test_transform
     if transform is None:
         if config is not None and config.missing:
             logger.warning("The config has no transforms of its test images: config.json holds timm's mean and std")

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from torchvision import transforms
 
 from timm_mamba_pkd.datasets import Digits
 from timm_mamba_pkd.deploy import first_students
+from timm_mamba_pkd.deploy.formats import Run
 from timm_mamba_pkd.distillation import unknown_name
-from timm_mamba_pkd.models import MambaPKDEnsemble, WeightsError, load_weights
+from timm_mamba_pkd.models import MambaPKDEnsemble
 from timm_mamba_pkd.models.state_dict import not_finite
 from timm_mamba_pkd.runner.device import find_device
 from timm_mamba_pkd.runner.errors import ConfigError
@@ -25,15 +25,13 @@ from timm_mamba_pkd.runner.named import brings_weights, create_named
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.streams import first_samples
-from timm_mamba_pkd.runner.trained import Trained, prepare_trained
+from timm_mamba_pkd.runner.trained import Trained, load_trained, prepare_trained
 
 logger = logging.getLogger(__name__)
 
 BATCHES = (1, 7)
 TOLERANCE = 1e-4  # of the largest logit, or of `LEAST` where all are smaller; and of a confidence
 LEAST = 1e-3
-
-Run = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -97,7 +95,7 @@ def find_subject(args: argparse.Namespace) -> Subject:
         args.model, **sizes, exportable=True, weights=own_weights, model_kwargs=args.model_kwargs
     )
     if args.checkpoint is not None:
-        _load(whole, Path(args.checkpoint))
+        load_trained(whole, Path(args.checkpoint))
     elif broken := not_finite(whole.state_dict()):
         raise ConfigError(f"the weights of {args.model} hold values that are not finite: {broken}")
     exportable.load_state_dict(whole.state_dict())
@@ -121,7 +119,7 @@ def _find_in_run(args: argparse.Namespace, run: RunFolder) -> Subject:
     ensemble = isinstance(config.model, MambaPKDEnsemble)
     if args.checkpoint is None and not run.finished:
         logger.warning("The run in %s has not finished: these are its weights so far", run.path)
-    _load(config.model, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
+    load_trained(config.model, Path(args.checkpoint or run.weights("ensemble" if ensemble else "model")))
     exportable.load_state_dict(config.model.state_dict())
     return _subject(args, config.name, config.model, exportable, config.input_size, config, run)
 
@@ -134,13 +132,6 @@ def _refuse_sizes(args: argparse.Namespace, source: str) -> None:
     for flag in ("num_classes", "in_chans", "img_size"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')} is that of {source}: leave it out")
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    try:
-        load_weights(model, path)
-    except WeightsError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _subject(

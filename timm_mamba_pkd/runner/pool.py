@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from timm_mamba_pkd.datasets import num_classes
+from timm_mamba_pkd.datasets import num_classes, transform_of
 from timm_mamba_pkd.distillation import build_model
-from timm_mamba_pkd.models import Agreement, MambaPKDEnsemble, Policy, WeightsError, load_weights
+from timm_mamba_pkd.models import Agreement, MambaPKDEnsemble, Policy
+from timm_mamba_pkd.runner.config import model_name
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate_named import (
     labelled_images,
@@ -30,7 +31,7 @@ from timm_mamba_pkd.runner.named import brings_weights, try_image
 from timm_mamba_pkd.runner.run_folder import RunFolder
 from timm_mamba_pkd.runner.safe_config import Folders
 from timm_mamba_pkd.runner.source import Source, child, pairs
-from timm_mamba_pkd.runner.trained import Trained, prepare_trained
+from timm_mamba_pkd.runner.trained import Trained, load_trained, prepare_trained
 from timm_mamba_pkd.runner.unreadable import Readable
 from timm_mamba_pkd.runner.validation import validation_split
 
@@ -92,7 +93,8 @@ def gather(args: argparse.Namespace) -> list[Member]:
     """
     if not args.runs and not args.models:
         raise ConfigError("the pool is empty: name folders of runs, or timm models by --models")
-    if args.runs and (flags := [name for name in ("img_size", "mean", "std", "crop_pct") if getattr(args, name)]):
+    of_config = ("img_size", "mean", "std", "crop_pct", "interpolation")
+    if args.runs and (flags := [name for name in of_config if getattr(args, name)]):
         raise ConfigError(f"--{flags[0].replace('_', '-')} is that of the run in {args.runs[0]}: leave it out")
     members: list[Member] = []
     teachers: list[str] = []
@@ -129,17 +131,15 @@ def _members_of_run(run: RunFolder, args: argparse.Namespace, teachers: list[str
     if not run.finished:
         logger.warning("The run in %s has not finished: these are its weights so far", run.path)
     ensemble = isinstance(trained.model, MambaPKDEnsemble)
-    try:
-        load_weights(trained.model, run.weights("ensemble" if ensemble else "model"))
-    except WeightsError as error:
-        raise ConfigError(str(error)) from error
+    load_trained(trained.model, run.weights("ensemble" if ensemble else "model"))
     source = Source.read(run.config)
     samples = _validation_split(source, trained) if args.data_root is None else _images_of_run(trained, args)
     members = []
     teacher = _teacher(source, trained)
     if teacher is not None and teacher[1] not in teachers:
         teachers.append(teacher[1])
-        members.append(Member(_name_of_teacher(teacher[1]), "teacher", teacher[0], samples, teacher[1]))
+        name = model_name(yaml.safe_load(teacher[1])["models"]["model"])
+        members.append(Member(name, "teacher", teacher[0], samples, teacher[1]))
     if isinstance(trained.model, MambaPKDEnsemble):
         return members + list(_members_of_ensemble(run, trained.model, samples))
     kind = "model" if child(child(source.root, "models"), "teacher_model") is None else "student"
@@ -223,12 +223,6 @@ def _teacher(source: Source, trained: Trained) -> tuple[nn.Module, str] | None:
     return teacher, dependencies + yaml.serialize(yaml.MappingNode("tag:yaml.org,2002:map", [(key, models)]))
 
 
-def _name_of_teacher(how: str) -> str:
-    """The model's name in timm, or its key."""
-    model = yaml.safe_load(how)["models"]["model"]
-    return str((model.get("kwargs") or {}).get("model_name", model["key"]))
-
-
 def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Member:
     """A model by NAME=CHECKPOINT, or by a name that brings weights, on these samples or on its own kind of images."""
     name, _, checkpoint = (text, "", "") if text.startswith(("local-dir:", "hf-hub:")) else text.partition("=")
@@ -263,7 +257,7 @@ def _named(text: str, args: argparse.Namespace, samples: Samples | None) -> Memb
 
 def _compare_normalisation(name: str, model: Any, samples: Samples) -> None:
     """Warn if a model that brings its mean and std along sees images that torchvision has normalised otherwise."""
-    last = _transform(samples.images)
+    last = transform_of(samples.images)
     while steps := getattr(last, "transforms", None):
         last = steps[-1]
     if not isinstance(last, transforms.Normalize):
@@ -273,13 +267,6 @@ def _compare_normalisation(name: str, model: Any, samples: Samples) -> None:
         own, seen = ([round(float(value), 3) for value in values] for values in (config[what], getattr(last, what)))
         if own != seen:
             logger.warning("%s is made for images of %s %s, those of %s are of %s", name, what, own, samples.name, seen)
-
-
-def _transform(dataset: Any) -> Any:
-    """The transform of a data set, or of the one within it."""
-    while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return getattr(dataset, "transform", None)
 
 
 def _validation_split(source: Source, trained: Trained) -> Samples:
@@ -318,8 +305,7 @@ def _size_of_sample(dataset: Any, name: str) -> tuple[int, int, int]:
 
 def _images_of_run(trained: Trained, args: argparse.Namespace) -> Samples:
     """The images of ``--data-root``, transformed as the config transforms its test images."""
-    loader = trained.test_loader
-    transform = trained.transform if loader is None else _transform(loader.dataset)
+    transform = trained.test_transform
     if transform is None:
         raise ConfigError(f"{trained.path} does not say how its images are transformed: leave --data-root out")
     return _image_samples(open_images(args, transform, trained.input_size[0]), args, trained.input_size)

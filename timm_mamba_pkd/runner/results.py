@@ -1,7 +1,6 @@
 """The end of a run: every model it has, measured on the test set and written up."""
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from torch import nn
 from timm_mamba_pkd.distributed import is_main
 from timm_mamba_pkd.models import MambaPKDEnsemble, count_macs
 from timm_mamba_pkd.report import Row, count_params, measure_latency, read_metrics, write_report
-from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.config import Job, model_name
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.run_folder import RunFolder
 
@@ -54,9 +53,9 @@ def measure(job: Job, device: torch.device, amp: torch.dtype | None = None, stud
 
     rows = []
     if job.teacher is not None and of_teacher:
-        rows.append(row(job.teacher, _name(job.config["models"]["teacher_model"]), "teacher", None, of_teacher[0]))
+        rows.append(row(job.teacher, model_name(job.config["models"]["teacher_model"]), "teacher", None, of_teacher[0]))
     if not isinstance(ensemble, MambaPKDEnsemble):
-        return [*rows, row(job.student, _name(job.student_config), "student", 1, of_student[0])]
+        return [*rows, row(job.student, model_name(job.student_config), "student", 1, of_student[0])]
     positions = ensemble.active_positions
     for i, top1 in zip(positions, alone, strict=True):
         rows.append(row(ensemble.alone(i), ensemble.names[i], "student", i + 1, top1))
@@ -70,10 +69,6 @@ def report(rows: list[Row], run: RunFolder, device_name: str, seed: int) -> None
     """Write the tables and plots of ``rows`` and of the run's metrics into the run's folder."""
     metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     write_report(rows, metrics, run.path, device_name=device_name, seed=seed)
-
-
-def _name(model_config: dict[str, Any]) -> str:
-    return (model_config.get("kwargs") or {}).get("model_name", model_config["key"])
 
 
 def _log_accuracies(who: str, topk: tuple[int, ...], accuracies: list[float]) -> None:

@@ -125,6 +125,11 @@ class RunFolder:
         """The starts of the run, as `note_start` took them down."""
         return self._read_record()["starts"]
 
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that the run was begun with; None and False are those of one that was not there."""
+        return self._read_record()["flags"]
+
     def note_destination(self, digest: str) -> None:
         """Add what is about to be written to ``dst_ckpt`` to the record."""
         written = self.destination_digests

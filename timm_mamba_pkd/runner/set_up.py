@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 def set_up(args: argparse.Namespace, device: torch.device) -> tuple[Job, torch.dtype | None]:
     """Seed, the job of the config, and the dtype of its automatic mixed precision."""
     with distributed.failing_together(ConfigError):
-        if args.run_log is not None and Path(args.run_log).expanduser().is_dir():
-            raise ConfigError(f"--run_log {args.run_log} is a directory: name a file")
+        log = getattr(args, "run_log", None)
+        if log is not None and Path(log).expanduser().is_dir():
+            raise ConfigError(f"--run_log {log} is a directory: name a file")
     set_basic_log_config()
     # It logs every object that a YAML file builds.
     logging.getLogger("torchdistill.common.main_util").setLevel(logging.WARNING)

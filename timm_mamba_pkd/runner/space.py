@@ -1,6 +1,7 @@
 """The disk space that a run takes."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from timm_mamba_pkd.models import MambaPKDEnsemble
@@ -30,8 +31,9 @@ def require_space(
     written = run_bytes(job, estimates, averages)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if resuming else 0
     cached = 0 if resuming else cached  # a cache asks for what it lacks
-    wanted = {folder: max(written - there, 0)} | {Path(s.cache_dir): 0 for s in estimates if s.cache_dir is not None}
-    wanted[list(wanted)[-1]] += cached
+    wanted = Counter({folder: max(written - there, 0)})
+    for stage in estimates if not resuming else ():
+        wanted[folder if stage.cache_dir is None else Path(stage.cache_dir)] += stage.cache_bytes
     disks: dict[int, tuple[Path, int]] = {}
     for path, number in wanted.items():
         path = path.expanduser().absolute()

@@ -47,7 +47,7 @@ class Step:
             scheduler.step(*[box.stage_grad_count // every] * restarts)
 
     def _step_optimizer(self, box: Any) -> None:
-        parameters = [parameter for group in box.optimizer.param_groups for parameter in group["params"]]
+        parameters = trained_parameters(box.optimizer)
         average_gradients(parameters)
         if box.max_grad_norm is not None:
             self.scaler.unscale_(box.optimizer)
@@ -60,6 +60,11 @@ class Step:
                 f"float16's gradients overflow even with a loss scale below {SMALLEST_SCALE:g}: lower the lr, or train "
                 "with --amp-dtype bfloat16"
             )
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of all groups of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def takes_our_step(box: Any) -> bool:

@@ -23,9 +23,9 @@ from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.check import StageEstimate
 from timm_mamba_pkd.runner.checkpoints import Checkpoints
 from timm_mamba_pkd.runner.compiling import compile_models
-from timm_mamba_pkd.runner.config import Job
+from timm_mamba_pkd.runner.config import Job, require_known_labels
 from timm_mamba_pkd.runner.destination import save_destination
-from timm_mamba_pkd.runner.device import autocast
+from timm_mamba_pkd.runner.device import autocast, keep_logits_in_float32
 from timm_mamba_pkd.runner.errors import ConfigError, first_line
 from timm_mamba_pkd.runner.evaluate import evaluate, evaluate_ensemble
 from timm_mamba_pkd.runner.progress import progress as with_progress
@@ -106,7 +106,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints)
         self._last_saved = time.monotonic()
         if options.amp is not None:
-            _keep_logits_in_float32(job)
+            keep_logits_in_float32(job.teacher, job.student)
         if options.sync_bn and distributed.world() > 1:
             synchronize_batch_norms(job.student)
         with distributed.failing_together(ConfigError):
@@ -216,10 +216,7 @@ class Trainer:
         Loss and gradient are those of all processes' samples together, however many each has.
         """
         job, box = self.job, self.box
-        if not targets.is_floating_point() and targets.max() >= job.num_classes:
-            raise ConfigError(
-                f"the data has label {targets.max()}, the models have {job.num_classes} classes: set num_classes"
-            )
+        require_known_labels(targets, job.num_classes)
         images, targets = images.to(self.device), targets.to(self.device)
         buffers = copy_buffers(job, box) if self.options.on_nonfinite == "skip" else []
         try:
@@ -387,10 +384,3 @@ def _explaining_checkpoint() -> Iterator[None]:
         raise ConfigError(
             f"the checkpoint is of another run, or of another version ({reason}): start anew with --fresh"
         ) from error
-
-
-def _keep_logits_in_float32(job: Job) -> None:
-    """Losses see float32 logits under autocast, as in timm and accelerate."""
-    for model in (job.teacher, job.student):
-        if model is not None:
-            model.register_forward_hook(lambda module, args, output: output.float())

@@ -10,14 +10,17 @@ import torch
 from timm.layers import set_exportable
 from timm.models import get_model_input_config
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdistill.datasets.util import build_data_loader
 
-from timm_mamba_pkd.runner.config import build, load_dependencies, named_dataset, num_outputs, sample_of
+from timm_mamba_pkd.datasets import transform_of
+from timm_mamba_pkd.models import WeightsError, load_weights
+from timm_mamba_pkd.runner.config import build, load_dependencies, model_name, named_dataset, num_outputs, sample_of
 from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.safe_config import Folders, require_safe
 from timm_mamba_pkd.runner.schema import check_schema
 from timm_mamba_pkd.runner.source import Source, child, pairs
+from timm_mamba_pkd.runner.streams import open_stream
 
 
 @dataclass
@@ -49,6 +52,19 @@ class Trained:
     test_loader: DataLoader | None = None
     transform: Any = None
     missing: str = ""
+
+    @property
+    def test_transform(self) -> Any:
+        """Of the test images, if the config or their data set tells it."""
+        return self.transform if self.test_loader is None else transform_of(self.test_loader.dataset)
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """`load_weights`, with a ConfigError."""
+    try:
+        load_weights(model, path)
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
 
 
 def prepare_trained(config_path: str | Path, safe: Folders | None = None) -> Trained:
@@ -90,6 +106,8 @@ def _prepare_trained(source: Source, config: dict[str, Any], missing: str) -> Tr
     try:
         if not missing:
             dataset_id, dataset = named_dataset(config, loader, at)
+            if isinstance(dataset, IterableDataset):
+                dataset = open_stream(dataset, dataset_id, loader, at, training=False)
             images = [sample_of(dataset, dataset_id)[0]]
             test_loader = build_data_loader(dataset, loader, False)
     except Exception as error:  # whatever a data set raises
@@ -113,7 +131,7 @@ def _prepare_trained(source: Source, config: dict[str, Any], missing: str) -> Tr
         path=source.path,
         model=model,
         exportable=exportable,
-        name=str(kwargs.get("model_name", models[role]["key"])),
+        name=model_name(models[role]),
         input_size=size,
         num_classes=num_outputs(model, models, role, images),
         dataset_ids=[key.value for key, _ in pairs(child(source.root, "datasets"))],

@@ -16,6 +16,7 @@ from timm_mamba_pkd.runner.box import Box, build_box
 from timm_mamba_pkd.runner.config import Job
 from timm_mamba_pkd.runner.errors import ConfigError
 from timm_mamba_pkd.runner.random_state import RandomState
+from timm_mamba_pkd.runner.step import trained_parameters
 
 BufferCopy = tuple[nn.Module, str, torch.Tensor]
 """A module, the name of a buffer of its own, and the copy."""
@@ -70,7 +71,7 @@ def capture(job: Job, box: Any, progress: Progress, now: RandomState) -> dict[st
         "attempts": job.student.training_state.get("attempts", {}) if isinstance(job.student, MambaPKDEnsemble) else {},
         "modules": {name: _tensors(module) for name, module in _modules(job, box).items() if _changes(name, module)},
         "optimizer": optimizer.state_dict(),
-        "gradients": [p.grad for p in _parameters(optimizer)] if accumulating else None,
+        "gradients": [p.grad for p in trained_parameters(optimizer)] if accumulating else None,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "stage_grad_count": box.stage_grad_count,
     }
@@ -112,9 +113,11 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
     if ensemble is not None:
         adapt_to(ensemble, state["modules"]["student"])
     box: Any = build_box(job, device)
+    box.save_stage_ckpt = lambda *args: None  # the models have no weights yet
     while getattr(box, "stage_number", 1) < state["stage"]:
         box.current_epoch = box.stage_end_epoch
         box.advance_to_next_stage()
+    del box.save_stage_ckpt
     progress = Progress(**state["progress"])
     box.current_epoch = progress.epoch
     box.stage_end_epoch, box.num_epochs = state["stage_end_epoch"], state["num_epochs"]
@@ -128,7 +131,7 @@ def restore(state: dict[str, Any], job: Job, device: torch.device) -> tuple[Box,
     optimizer = box.optimizer
     optimizer.load_state_dict(state["optimizer"])
     if state["gradients"] is not None:
-        for parameter, gradient in zip(_parameters(optimizer), state["gradients"], strict=True):
+        for parameter, gradient in zip(trained_parameters(optimizer), state["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
     if box.lr_scheduler is not None:
         box.lr_scheduler.load_state_dict(state["scheduler"])
@@ -192,7 +195,3 @@ def _changes(name: str, module: nn.Module) -> bool:
     if name != "teacher_model":
         return True
     return module.training or any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -129,6 +129,8 @@ class Readable(Dataset):
             index = (index + 1) % len(self)
             try:
                 return self.dataset[index]
+            except MemoryError:
+                raise
             except Exception as another:
                 error = another
 
