@@ -115,3 +115,12 @@ def test_rows(progressive, write, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.student.state_dict().items())
 
     assert [row.role for row in measure(job, CPU, student_only=True)] == ["student"] * 2 + ["ensemble"] * 2
+
+
+def test_costs_are_those_of_a_test_image(plain, build, write, monkeypatch):
+    """Training images may be smaller."""
+    monkeypatch.setattr("timm_mamba_pkd.runner.results.measure_latency", lambda *args: 1.0)
+    plain["datasets"]["fake/test"] = build.fake_images(8, offset=200, side=12)
+    job = prepare(write(plain), CPU)
+    (row,) = measure(job, CPU)
+    assert row.gmacs == count_macs(job.student, (1, 12, 12)) / 1e9

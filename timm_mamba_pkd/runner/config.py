@@ -25,7 +25,7 @@ from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError
 class Job:
     """What a torchdistill image-classification config stands for, built and checked.
 
-    ``input_size`` is (channels, height, width) of a sample, ``topk`` the accuracies to measure, top-1 first,
+    ``input_size`` is (channels, height, width) of a test image, ``topk`` the accuracies to measure, top-1 first,
     ``warnings`` what in the config is dubious.
     """
 
@@ -130,7 +130,7 @@ def _prepare(source: Source, warnings: list[str], config: dict[str, Any], device
     student.to(device)
     if teacher is not None:
         teacher.to(device)
-    size: Any = tuple(images[0].shape)
+    size: Any = tuple(samples[test_config["dataset_id"]][0].shape)
     return Job(source, warnings, config, teacher, student, test_loader, size, num_classes, topk)
 
 
