@@ -199,6 +199,14 @@ def test_the_single_student_is_the_best_on_the_validation_split_that_costs_no_mo
     assert names == ["early exit", "mamba_pkd_s1 alone", "all students"]
 
 
+def test_a_run_that_is_measured_again_says_that_it_loses_its_early_exit(trained, calibrate, run, caplog):
+    assert calibrate(trained) == 0 and loaded().policy is not None
+    Path("run/results.csv").unlink()
+    caplog.clear()
+    assert run(trained)[0] == 0
+    assert "without early exit: fit it anew with mamba-pkd calibrate" in caplog.text and loaded().policy is None
+
+
 @pytest.mark.parametrize("flags", [[], ["--min-accuracy", "20"], ["--max-macs", "0.12"], ["--measure", "margin"]])
 def test_the_test_set_has_no_say(flags, trained, calibrate, build):
     """Other test images and labels, the same policy; another validation split, another policy."""

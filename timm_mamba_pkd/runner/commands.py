@@ -118,6 +118,8 @@ def _train(args: argparse.Namespace, run: RunFolder, device: torch.device, stack
             print(f"The run in {run.path} is finished; --fresh starts anew.\n")
             print(table)
         return
+    if resuming and distributed.is_main() and run.calibration.exists():
+        logger.warning("The weights are written again, without early exit: fit it anew with mamba-pkd calibrate")
     job, amp = set_up(args, device)
     if isinstance(job.student, MambaPKDEnsemble):
         job.student.drop_policy("are to be trained")
