@@ -1,6 +1,7 @@
 import gzip
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from timm_mamba_pkd.ops import BACKENDS, native
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("TIMM_MAMBA_PKD_DATA", ROOT / "resource" / "dataset"))
+SHARED = ROOT.parent / "shared" / "data"
 
 # The tests' models are tiny: more threads cost more than they bring.
 torch.set_num_threads(1)
@@ -17,12 +20,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     """The folder to give to ``torchvision.datasets.MNIST``."""
-    root = Path(os.environ.get("TIMM_MAMBA_PKD_DATA", ROOT / "resource" / "dataset"))
-    if (root / "MNIST" / "raw").is_dir():
-        return root
-    archives = sorted((ROOT.parent / "shared" / "data" / "MNIST" / "raw").glob("*.gz"))
+    if (DATA / "MNIST" / "raw").is_dir():
+        return DATA
+    archives = sorted((SHARED / "MNIST" / "raw").glob("*.gz"))
     if not archives:
-        pytest.skip(f"no MNIST in {root}: set TIMM_MAMBA_PKD_DATA to the folder that holds MNIST/raw")
+        pytest.skip(f"no MNIST in {DATA}: set TIMM_MAMBA_PKD_DATA to the folder that holds MNIST/raw")
     root = tmp_path_factory.mktemp("data")
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -30,6 +32,21 @@ def data_root(tmp_path_factory) -> Path:
         with gzip.open(archive) as packed, open(raw / archive.stem, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_jpeg(tmp_path_factory) -> Path:
+    """A folder that holds test/, CIFAR-10's test images as JPEG files in a folder per class."""
+    folder, archive = DATA / "cifar10-jpeg", SHARED / "cifar10-jpeg.tar.xz"
+    if folder.is_dir():
+        return folder
+    if not archive.is_file():
+        pytest.skip(f"no cifar10-jpeg in {DATA}: set TIMM_MAMBA_PKD_DATA to the folder that holds it")
+    folder = tmp_path_factory.mktemp("cifar10-jpeg")
+    with tarfile.open(archive) as packed:
+        members = [member for member in packed if member.name.removeprefix("./").startswith("test/")]
+        packed.extractall(folder, members, filter="data")
+    return folder
 
 
 @pytest.fixture

@@ -331,6 +331,10 @@ TAGS: dict[str, dict[str, Any]] = {
         "file": str(Path(__file__).parents[1] / "weights" / "mnist.safetensors"),
         "num_classes": 10, "input_size": (1, 28, 28), "mean": (0.1307,), "std": (0.3081,),
     },
+    "cifar10": {
+        "file": str(Path(__file__).parents[1] / "weights" / "cifar10.safetensors"),
+        "num_classes": 10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616),
+    },
     "untrained*": {},
 }  # fmt: skip
 
