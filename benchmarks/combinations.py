@@ -7,6 +7,7 @@ image is tested once by weights that have not seen it; the mean needs no fit.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -26,8 +27,11 @@ def main() -> None:
     args = parser.parse_args()
 
     run = prepare_trained(args.run / "config.yaml")
-    load_weights(run.model, args.run / "weights" / "ensemble.safetensors")
-    logits, targets = logits_of(run.model, DataLoader(run.datasets[args.split], 500))
+    ensemble = run.model
+    if not isinstance(ensemble, MambaPKDEnsemble):
+        sys.exit(f"{args.run} is no run of an ensemble")
+    load_weights(ensemble, args.run / "weights" / "ensemble.safetensors")
+    logits, targets = logits_of(ensemble, DataLoader(run.datasets[args.split], 500))
     count = len(logits)
     print("| top-1 (%) | " + " | ".join(f"k = {k}" for k in range(1, count + 1)) + " |\n|---|" + "---:|" * count)
     for name in COMBINATIONS:
