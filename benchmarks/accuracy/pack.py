@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("split", help="id of the validation split in the run's config")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--note", help="on the data, for model cards")
     args = parser.parse_args()
 
     run = prepare_trained(args.run / "config.yaml")
@@ -54,11 +55,13 @@ def main() -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, args.output, metadata={"format": "pt"})
     precision, megabytes = "single" if lost >= MOST else "half", args.output.stat().st_size / 1e6
     print(f"{args.output}: {precision} precision, {megabytes:.1f} MB; at most {lost:.2f} points lost")
-    write_card(RunFolder(args.run), run, args.output)
+    write_card(RunFolder(args.run), run, args.output, args.note)
 
 
-def write_card(run: RunFolder, config: Trained, weights: Path) -> None:
+def write_card(run: RunFolder, config: Trained, weights: Path, note: str | None) -> None:
     sections = sections_of_run(run, config)
+    if note:
+        sections["Data"] += f"\n\n{note}"
     text = "\n".join(f"## {heading}\n\n{body}\n" for heading, body in sections.items())
     weights.with_suffix(".md").write_text(text, encoding="utf-8")
 
