@@ -65,11 +65,13 @@ def test_an_interrupt_lets_the_run_save(tmp_path, monkeypatch):
     python.chmod(0o755)
     runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
     monkeypatch.setattr(runs.sys, "executable", str(python))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     interrupt = threading.Thread(target=interrupt_once_there_is, args=[tmp_path / "begun"], daemon=True)
     interrupt.start()
     with pytest.raises(SystemExit, match=r"interrupted; the same command goes on .*run\.log"):
         runs.train("", tmp_path / "run", [])
     interrupt.join()
+    signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists()
 
 
