@@ -1,4 +1,4 @@
-"""The combinations of a finished run's students: top-1 after each student, on the validation split, cross-fitted.
+"""The combinations of a run's students: top-1 after each student so far, on the validation split, cross-fitted.
 
     python benchmarks/combinations.py runs/mnist/progressive mnist/val
 
@@ -30,6 +30,8 @@ def main() -> None:
     ensemble = run.model
     if not isinstance(ensemble, MambaPKDEnsemble):
         sys.exit(f"{args.run} is no run of an ensemble")
+    if args.split not in run.datasets:
+        sys.exit(f"the config of {args.run} has no data set {args.split!r}; it has {', '.join(run.datasets)}")
     load_weights(ensemble, args.run / "weights" / "ensemble.safetensors")
     logits, targets = logits_of(ensemble, DataLoader(run.datasets[args.split], 500))
     count = len(logits)

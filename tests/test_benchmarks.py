@@ -53,6 +53,23 @@ def test_configs_that_do_not_fit_are_said_to_be_so(monkeypatch):
         peers.reading_folders("datasets: {}", Path("data"))
 
 
+def test_combinations_are_fitted_on_the_other_half(monkeypatch):
+    combinations = module(ROOT / "benchmarks" / "combinations.py", monkeypatch)
+    targets = torch.arange(2000) % 4
+    good, bad = torch.randn(2, 2000, 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.stack([good + 3 * torch.nn.functional.one_hot(targets, 4), 10 * bad])
+    alone = 100 * float((logits[0].argmax(-1) == targets).double().mean())
+    assert combinations.top1(logits[:1], targets, "mean") == pytest.approx(alone) and alone > 90
+    assert combinations.top1(logits, targets, "mean") < 50
+    for name in ("per_student", "per_class"):
+        assert combinations.top1(logits, targets, name) == pytest.approx(alone, abs=1)
+    noise = 30 * torch.randn(50, 400, 4, generator=torch.Generator().manual_seed(0))
+    chance = combinations.top1(
+        noise, targets[torch.randperm(400, generator=torch.Generator().manual_seed(1))], "per_class"
+    )
+    assert chance < 40  # weights fitted on the very labels that they predict are right for 70 %
+
+
 def test_a_run_that_fails_ends_with_its_last_line(tmp_path, monkeypatch):
     runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
     with pytest.raises(SystemExit, match=r"error: config .*run\.yaml.*\n\(the end of .*run\.log\)"):
