@@ -1,6 +1,6 @@
 """The combinations of a run's students: top-1 after each student so far, on the validation split, cross-fitted.
 
-    python benchmarks/combinations.py runs/mnist/progressive mnist/val
+    python -m benchmarks.combinations runs/mnist/progressive mnist/val
 
 Each half of the split is predicted with weights that were fitted on the other half, as training fits them, so every
 image is tested once by weights that have not seen it; the mean needs no fit.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.runs import dataset_of
 from timm_mamba_pkd.models import MambaPKDEnsemble, load_weights
 from timm_mamba_pkd.models.combination import COMBINATIONS, fit_weights
 from timm_mamba_pkd.runner.trained import prepare_trained
@@ -30,10 +31,9 @@ def main() -> None:
     ensemble = run.model
     if not isinstance(ensemble, MambaPKDEnsemble):
         sys.exit(f"{args.run} is no run of an ensemble")
-    if args.split not in run.datasets:
-        sys.exit(f"the config of {args.run} has no data set {args.split!r}; it has {', '.join(run.datasets)}")
+    dataset = dataset_of(run, args.split, args.run)
     load_weights(ensemble, args.run / "weights" / "ensemble.safetensors")
-    logits, targets = logits_of(ensemble, DataLoader(run.datasets[args.split], 500))
+    logits, targets = logits_of(ensemble, DataLoader(dataset, 500))
     count = len(logits)
     print("| top-1 (%) | " + " | ".join(f"k = {k}" for k in range(1, count + 1)) + " |\n|---|" + "---:|" * count)
     for name in COMBINATIONS:

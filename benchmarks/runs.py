@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
+from timm_mamba_pkd.runner.trained import Trained
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what to train."""
@@ -31,6 +35,13 @@ def text_of_config(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def with_cache(text: str, folder: Path) -> str:
     """The config of a schedule with its logits cached in ``folder``."""
     return re.sub(r"(?m)^( +)rule: ", rf"\1cache_dir: '{folder}'\n\1rule: ", text)
+
+
+def dataset_of(run: Trained, split: str, folder: Path) -> Dataset:
+    """The data set of a run in ``folder`` that goes by the id ``split``; the program ends where there is none."""
+    if split not in run.datasets:
+        sys.exit(f"the config of {folder} has no data set {split!r}; it has {', '.join(run.datasets)}")
+    return run.datasets[split]
 
 
 def train(config: str, folder: Path, flags: list[str]) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,14 @@ def test_combinations_are_fitted_on_the_other_half(monkeypatch):
         noise, targets[torch.randperm(400, generator=torch.Generator().manual_seed(1))], "per_class"
     )
     assert chance < 40  # weights fitted on the very labels that they predict are right for 70 %
+
+
+def test_a_split_that_a_run_has_not_is_said_to_be_so(monkeypatch):
+    runs = module(ROOT / "benchmarks" / "runs.py", monkeypatch)
+    run = SimpleNamespace(datasets={"mnist/train": [], "mnist/val": [1]})
+    assert runs.dataset_of(run, "mnist/val", Path("run")) == [1]
+    with pytest.raises(SystemExit, match="config of run has no data set 'mnist/vla'; it has mnist/train, mnist/val"):
+        runs.dataset_of(run, "mnist/vla", Path("run"))
 
 
 def test_a_run_that_fails_ends_with_its_last_line(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Put the weights of a finished run of s1 to s7 into the package, in half precision where that costs next to nothing.
 
-    python benchmarks/accuracy/pack.py runs/mnist/progressive mnist/val timm_mamba_pkd/weights/mnist.safetensors
+    python -m benchmarks.accuracy.pack runs/mnist/progressive mnist/val timm_mamba_pkd/weights/mnist.safetensors
 
 Prints top-1 on the validation split, of each student and of the ensemble after each, in single and in half precision.
 The weights are written in half precision unless one of these falls by 0.05 points or more. The policy of early exit and
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.runs import dataset_of
 from timm_mamba_pkd.models import STUDENTS, MambaPKDEnsemble, load_weights
 from timm_mamba_pkd.runner.card import sections_of_run
 from timm_mamba_pkd.runner.run_folder import RunFolder
@@ -38,7 +39,7 @@ def main() -> None:
     if not isinstance(ensemble, MambaPKDEnsemble) or ensemble.names != tuple(STUDENTS):
         sys.exit(f"{args.run} is no run of all seven students ({', '.join(STUDENTS)})")
     load_weights(ensemble, args.run / "weights" / "ensemble.safetensors")
-    loader = DataLoader(run.datasets[args.split], 500)
+    loader = DataLoader(dataset_of(run, args.split, args.run), 500)
     before = top1(ensemble, loader)
     state = {name: halved(name, tensor) for name, tensor in ensemble.state_dict().items()}
     ensemble.load_state_dict(state)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -120,6 +121,19 @@ def test_torchvisions_classes(place, capsys):
     assert evaluate(*flags) == evaluate(*flags, "--dataset", "torch/image_folder") == 0
     first, _, third, _ = capsys.readouterr().out.splitlines()
     assert first == third
+
+
+def test_a_split_that_is_not_there_is_everything_and_said_to_be(place, capsys, caplog):
+    save_weights(model(), "weights.safetensors")
+    flags = ("--model", "mamba_pkd_s1", "--checkpoint", "weights.safetensors")
+    (place / "data" / "val").rename(place / "data" / "test")
+    (place / "data" / "train" / "class0").mkdir(parents=True)
+    shutil.copy(place / "data" / "test" / "class0" / "0.png", place / "data" / "train" / "class0")
+    assert evaluate(*flags) == evaluate(*flags, "--split", "tset") == evaluate(*flags, "--split", "test") == 0
+    counts = re.findall(r"on (\d+) images", capsys.readouterr().out)
+    assert counts == ["13", "13", "12"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [re.findall(r"has no folder (.*?),", text) for text in warnings] == [["validation or val"], ["tset"]]
 
 
 @pytest.mark.fault

@@ -117,11 +117,13 @@ def test_unknown_arguments_of_the_schedule(problems, progressive):
     arguments = progressive["train"]["init"]["kwargs"]
     arguments["num_epoch"] = arguments.pop("num_epochs")
     arguments["optimizer"]["kwarg"] = {}
+    arguments["scheduler"] = {"key": "StepLR"}
     del arguments["criterion"]
     assert problems(progressive) == [
         "progressive has no 'criterion'",
         "unknown key 'kwarg' in progressive.optimizer; did you mean 'kwargs'?",
         "unknown key 'num_epoch' in progressive; did you mean 'num_epochs'?",
+        "progressive.scheduler has no 'kwargs'",
     ]
 
 

@@ -101,12 +101,14 @@ def run_calibrate(args: argparse.Namespace) -> None:
                 f"--max-macs {args.max_macs:g} is below what the first student takes, {significant(macs[0] / 1e6)} "
                 "million for every image"
             )
+        logger.info("Fitting the policy on %s", split)
         held_out = _outcome(ensemble, loader, device, amp, f"calibrating on {split}")
         temperatures = fit_temperatures(held_out.together, held_out.targets)
         sure = _confidences(held_out, args.measure, temperatures)
         points = trade_off(sure, held_out.together.argmax(-1), held_out.targets, macs)
         point = _choose(args, points)
         ensemble.policy = Confidence([point.threshold] * (len(macs) - 1), temperatures, args.measure)
+        logger.info("Testing: the ensemble, its early exit%s", "" if args.student_only else ", the teacher")
         tested = _outcome(ensemble, job.test_loader, device, amp, "testing")
         document = {
             "split": {"dataset_id": split, "samples": len(held_out.targets)},
@@ -286,6 +288,7 @@ def _compare(
     images = _first_images(job, max(BATCHES.values())).to(device)
     for size, most in BATCHES.items():
         timed = rows if size > 1 else named
+        logger.info("Timing %d models at batch size %d, %d times each", len(timed), size, 2 * TURNS)
         batches = images[:most].split(size)
         for row, seconds in zip(timed, _in_turns(models[: len(timed)], batches, device, amp), strict=True):
             row[f"ms_at_batch_{len(batches[0])}"] = 1000 * seconds / min(most, len(images))

@@ -1,6 +1,7 @@
 """``mamba-pkd evaluate --model``: any timm model with anybody's checkpoint, on a folder of images."""
 
 import argparse
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from timm_mamba_pkd.runner.errors import ConfigError, explain
 from timm_mamba_pkd.runner.evaluate import evaluate
 from timm_mamba_pkd.runner.named import brings_weights, create_named
 from timm_mamba_pkd.runner.unreadable import Readable, UnreadableError, all_unreadable
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10  # broken images that are named one by one
 
@@ -150,9 +153,20 @@ def open_images(args: argparse.Namespace, transform: Any, channels: int) -> Read
         dataset: Any = create_dataset(args.dataset, str(root), args.split, input_img_mode="")  # as the files are
     except (Exception, SystemExit) as error:  # whatever a data set's constructor raises
         raise ConfigError(f"--data-root {root}: {explain(error)}") from error
+    whole = not args.dataset and not any((root / name).is_dir() for name in _folders(args.split))
+    if whole and (root / "train").is_dir():
+        logger.warning(
+            "--data-root %s has no folder %s, so all below it is tested, the training images as well: name one by "
+            "--split", root, " or ".join(_folders(args.split)),
+        )  # fmt: skip
     mode = "RGB" if channels == 3 else "L"
     dataset.transform = transforms.Compose([methodcaller("convert", mode), transform])
     return Readable(dataset, args.data_root, training=False)
+
+
+def _folders(split: str) -> list[str]:
+    """Where timm looks for the images of a split before it takes all."""
+    return ["validation", "val"] if split == "validation" else [split]
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -343,7 +343,7 @@ def _shared_optimizers(root: yaml.Node) -> Iterator[Problem]:
 
 def _check(node: yaml.Node, spec: Any, where: str, key: yaml.Node) -> Iterator[Problem]:
     """What is wrong with a value under ``key``. What tags build is known only once the config is loaded."""
-    if isinstance(spec, Maybe):
+    while isinstance(spec, Maybe):
         spec = ANY if node.tag.endswith(":null") else spec.spec
     if spec is ANY or node.tag.startswith("!"):
         return
