@@ -133,7 +133,11 @@ def test_a_split_that_is_not_there_is_everything_and_said_to_be(place, capsys, c
     counts = re.findall(r"on (\d+) images", capsys.readouterr().out)
     assert counts == ["13", "13", "12"]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [re.findall(r"has no folder (.*?),", text) for text in warnings] == [["validation or val"], ["tset"]]
+    assert [re.findall(r"has no folder of the split (.*?),", text) for text in warnings] == [["validation"], ["tset"]]
+    (place / "data" / "test").rename(place / "data" / "valid")  # timm's other names of it
+    caplog.clear()
+    assert evaluate(*flags) == evaluate(*flags, "--split", "train") == 0 and not caplog.records
+    assert evaluate(*flags, "--split", "x" * 300) == 0 and len(caplog.records) == 1
 
 
 @pytest.mark.fault

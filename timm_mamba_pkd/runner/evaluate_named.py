@@ -153,20 +153,14 @@ def open_images(args: argparse.Namespace, transform: Any, channels: int) -> Read
         dataset: Any = create_dataset(args.dataset, str(root), args.split, input_img_mode="")  # as the files are
     except (Exception, SystemExit) as error:  # whatever a data set's constructor raises
         raise ConfigError(f"--data-root {root}: {explain(error)}") from error
-    whole = not args.dataset and not any((root / name).is_dir() for name in _folders(args.split))
-    if whole and (root / "train").is_dir():
+    if not args.dataset and Path(dataset.reader.root) == root and (root / "train").is_dir():
         logger.warning(
-            "--data-root %s has no folder %s, so all below it is tested, the training images as well: name one by "
-            "--split", root, " or ".join(_folders(args.split)),
+            "--data-root %s has no folder of the split %s, so all below it is tested, the training images as well: "
+            "name one by --split", root, args.split,
         )  # fmt: skip
     mode = "RGB" if channels == 3 else "L"
     dataset.transform = transforms.Compose([methodcaller("convert", mode), transform])
     return Readable(dataset, args.data_root, training=False)
-
-
-def _folders(split: str) -> list[str]:
-    """Where timm looks for the images of a split before it takes all."""
-    return ["validation", "val"] if split == "validation" else [split]
 
 
 def _short(values: tuple[float, ...]) -> str:
