@@ -127,19 +127,19 @@ def test_the_default_is_untrained():
 
 @pytest.mark.parametrize("name", ["mamba_pkd_s1", "mamba_pkd_s3"])
 @pytest.mark.parametrize(
-    ("dataset", "folder", "flags"),
+    ("dataset", "folder", "flags", "tolerance"),
     [
-        ("mnist", "data_root", ["--dataset", "torch/mnist", "--split", "validation"]),
-        ("cifar10", "cifar10_jpeg", ["--split", "test"]),
+        ("mnist", "data_root", ["--dataset", "torch/mnist", "--split", "validation"], 0.05),
+        ("cifar10", "cifar10_jpeg", ["--split", "test"], 0.1),
     ],
 )
-def test_accuracy(name, dataset, folder, flags, request, capsys):
-    """As `benchmarks/accuracy` says, but for half precision."""
+def test_accuracy(name, dataset, folder, flags, tolerance, request, capsys):
+    """As `benchmarks/accuracy` says, but for half precision and, on CIFAR-10, bfloat16."""
     claimed = next(line.top1 for line in results(dataset) if line.model == name)
     words = ["--data-root", str(request.getfixturevalue(folder)), *flags, "--workers", "0", "--batch-size", "500"]
     assert main(["evaluate", "--model", f"{name}.{dataset}", *words, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert float(out.split("Acc@1 ")[1].split()[0]) == pytest.approx(claimed, abs=0.05)
+    assert float(out.split("Acc@1 ")[1].split()[0]) == pytest.approx(claimed, abs=tolerance)
 
 
 def test_export_and_select_take_them(tmp_path, monkeypatch, capsys, caplog):
